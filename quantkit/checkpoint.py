@@ -1,0 +1,299 @@
+"""A checkpoint directory: opened with every problem named at once, read lazily, written shard by shard."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantkit import artifacts, formats
+from quantkit.architecture import Architecture, all_shapes, layer_prefix, layer_shapes, linear_shapes, read_architecture
+from quantkit.errors import QuantkitError, raise_all
+from quantkit.formats import QuantizedWeight, Storage
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+SHARD_BYTES = 1 << 30  # one shard stands in memory while it is written
+_FLOATS = {"F16", "BF16", "F32"}
+# What travels with the weights: tokenizer, chat template, generation defaults. Weights and code do not.
+_COMPANIONS = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
+    "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint. Tensors are read when asked for; nothing stays in memory."""
+
+    path: Path
+    config: dict[str, Any]
+    arch: Architecture
+    shards: Mapping[str, Path]  # tensor name -> file
+    storage: Storage | None  # how its linears are stored when quantized
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Tensors by full name, as stored."""
+        found: dict[str, Tensor] = {}
+        by_shard: dict[Path, list[str]] = {}
+        for name in names:
+            by_shard.setdefault(self.shards[name], []).append(name)
+        for shard, wanted in by_shard.items():
+            with safe_open(shard, framework="pt") as handle:
+                found |= {name: handle.get_tensor(name) for name in wanted}
+        return found
+
+    def layer(self, index: int, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The dense tensors of a decoder layer by their name inside it; quantized linears are dequantized."""
+        prefix = layer_prefix(index)
+        stored = self.read(name for name in self.shards if name.startswith(prefix))
+        inside = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+        return dense_layer(inside, self.arch, self.storage, dtype=dtype)
+
+    def outer(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+        """The tensors outside the decoder layers: embeddings, last norm, and the head where it is not tied."""
+        names = [name for name in self.shards if not name.startswith("model.layers.")]
+        return {name: tensor.to(dtype) for name, tensor in self.read(names).items()}
+
+    def dense_tensors(self, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the dequantized checkpoint by full name, one decoder layer in memory at a time."""
+        yield from self.outer(dtype=dtype).items()
+        for index in range(self.arch.num_layers):
+            for name, tensor in self.layer(index, dtype=dtype).items():
+                yield layer_prefix(index) + name, tensor
+
+
+def dense_layer(
+    stored: Mapping[str, Tensor], arch: Architecture, storage: Storage | None, *, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """A decoder layer's tensors, by their name inside it, with every linear dense: the packed ones dequantized."""
+    dense = {name: stored[name].to(dtype) for name in layer_shapes(arch) if name in stored}
+    for linear, shape in linear_shapes(arch).items():
+        if f"{linear}.weight" not in dense:
+            assert storage is not None
+            dense[f"{linear}.weight"] = formats.dequantize(unpack_linear(stored, linear, shape, storage)).to(dtype)
+    return dense
+
+
+def unpack_linear(
+    stored: Mapping[str, Tensor], linear: str, shape: tuple[int, int], storage: Storage
+) -> QuantizedWeight:
+    """The integers and the grid of one packed linear of a layer."""
+    start = f"{linear}."
+    packed = {name.removeprefix(start): tensor for name, tensor in stored.items() if name.startswith(start)}
+    return formats.unpack(storage, packed, shape=shape)
+
+
+def open_checkpoint(path: Path, *, quantized: bool | None = None) -> Checkpoint:
+    """Open and validate a Llama-family checkpoint directory; reads headers only, never a weight.
+
+    `quantized` says what is wanted: True only quantized, False only unquantized, None either.
+
+    Raises:
+        QuantkitError: everything that is wrong with it, in one message.
+    """
+    config = _read_config(path)
+    arch, problems = read_architecture(config)
+    storage = None
+    if (quantization := config.get("quantization_config")) is not None:
+        if quantized is False:
+            problems.append(
+                f"{path} is already quantized ({quantization.get('quant_method')}): start from the FP16 original"
+            )
+        else:
+            try:
+                storage = formats.read_quantization_config(quantization)
+            except ValueError as error:
+                problems.append(f"{path / 'config.json'}: {error}")
+    elif quantized:
+        problems.append(f"{path} is not quantized: give the output of `quantkit quantize`")
+    shards, shard_problems = _find_shards(path)
+    problems += shard_problems
+    headers, header_problems = _read_headers(shards)
+    problems += header_problems
+    if arch is not None and not problems:
+        problems += _shape_problems(arch, headers, storage)
+    raise_all(problems)
+    assert arch is not None
+    return Checkpoint(path=path, config=config, arch=arch, shards=shards, storage=storage)
+
+
+def check_finite(checkpoint: Checkpoint, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> None:
+    """Read every weight once and refuse NaN and Inf, before hours are spent on them.
+
+    `on_tensor(done, total)` is called after each tensor.
+    """
+    problems = []
+    for done, name in enumerate(checkpoint.shards, start=1):
+        tensor = checkpoint.read([name])[name]
+        # one NaN or Inf makes the sum so: a pass over the bytes, and the slow count only where it is needed
+        suspect = tensor.is_floating_point() and not torch.isfinite(tensor.sum(dtype=torch.float32))
+        if suspect and (bad := int((~torch.isfinite(tensor)).sum())):
+            problems.append(f"{checkpoint.shards[name]}: {name} holds {bad} NaN or Inf values: get the file again")
+        on_tensor(done, len(checkpoint.shards))
+    raise_all(problems)
+
+
+def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors in the order given as safetensors shards with an index (one file and no index when they fit)."""
+    pending: dict[str, Tensor] = {}
+    pending_bytes, total_bytes = 0, 0
+    written: list[tuple[Path, list[str]]] = []
+
+    def flush() -> None:
+        temporary = directory / f"model-{len(written) + 1:05d}.safetensors"
+        save_tensors(temporary, pending, metadata={"format": "pt"})
+        written.append((temporary, list(pending)))
+        pending.clear()
+
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if pending and pending_bytes + size > shard_bytes:
+            flush()
+            pending_bytes = 0
+        pending[name] = tensor.contiguous()
+        pending_bytes += size
+        total_bytes += size
+    flush()
+    if len(written) == 1:
+        written[0][0].replace(directory / SINGLE_NAME)
+        return
+    weight_map: dict[str, str] = {}
+    for number, (temporary, names) in enumerate(written, start=1):
+        shard = f"model-{number:05d}-of-{len(written):05d}.safetensors"
+        temporary.replace(directory / shard)
+        weight_map |= dict.fromkeys(names, shard)
+    artifacts.write_json(directory / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": weight_map})
+
+
+def write_dense(checkpoint: Checkpoint, out: Path) -> None:
+    """Write an FP16 copy with every linear dequantized: the same function for readers without a kernel for it."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_weights(out, checkpoint.dense_tensors(dtype=torch.float16))
+    copy_companions(checkpoint.path, out)
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    artifacts.write_json(out / "config.json", config)  # last: its presence means that the copy is whole
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file whole or not at all: under a temporary name, then renamed.
+
+    Raises:
+        OSError: with the system's error number, which safetensors hides in its message (a full disk, say).
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
+    except SafetensorError as error:
+        temporary.unlink(missing_ok=True)
+        if (code := re.search(r"os error (\d+)", str(error))) is None:
+            raise
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
+    temporary.chmod(0o644)  # safetensors writes for the owner alone; a server runs as another user
+    temporary.replace(path)
+
+
+def copy_companions(source: Path, destination: Path) -> None:
+    """Copy tokenizer, chat template and generation defaults: what a server needs beside config and weights."""
+    for name in _COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, destination / name)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_dir():
+        raise QuantkitError(f"{path} is not a directory: give a checkpoint directory with config.json and safetensors")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise QuantkitError(f"{path} has no config.json: give a Hugging Face checkpoint directory") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise QuantkitError(f"{path / 'config.json'} is not JSON ({error}): get the file again") from error
+    if not isinstance(config, dict):
+        raise QuantkitError(f"{path / 'config.json'} is not a JSON object: get the file again")
+    return config
+
+
+def _find_shards(path: Path) -> tuple[dict[str, Path], list[str]]:
+    """Which file each tensor is said to be in; for a single file the names come from its header."""
+    index = path / INDEX_NAME
+    if not index.is_file():
+        single = path / SINGLE_NAME
+        if single.is_file():
+            try:
+                with safe_open(single, framework="pt") as handle:
+                    return dict.fromkeys(handle.keys(), single), []
+            except SafetensorError as error:
+                return {}, [_broken(single, error)]
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+        if pickles:
+            return {}, [f"{path} holds only pickled weights ({pickles[0]}): convert them to safetensors first"]
+        return {}, [f"{path} has neither {SINGLE_NAME} nor {INDEX_NAME}: get the weights as safetensors"]
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        entries = {str(name): str(file) for name, file in weight_map.items()}
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        return {}, [f"{index} has no readable weight_map: get the file again"]
+    problems = []
+    for file in sorted(set(entries.values())):
+        if PurePosixPath(file).name != file or file in ("", ".", ".."):
+            problems.append(f"{index}: {file!r} points outside the checkpoint: a shard is a file name, nothing else")
+        elif not (path / file).is_file():
+            problems.append(f"{path / file} is missing, though {INDEX_NAME} names it: download that shard")
+    return {name: path / file for name, file in entries.items()}, problems
+
+
+def _read_headers(shards: Mapping[str, Path]) -> tuple[dict[str, tuple[str, tuple[int, ...]]], list[str]]:
+    """Data type and shape of each tensor, as its shard's header says."""
+    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+    problems = []
+    for shard in sorted(set(shards.values())):
+        if not shard.is_file():
+            continue  # named already
+        try:
+            with safe_open(shard, framework="pt") as handle:
+                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
+                    view = handle.get_slice(name)
+                    headers[name] = (view.get_dtype(), tuple(view.get_shape()))
+        except SafetensorError as error:
+            problems.append(_broken(shard, error))
+    if not problems:
+        problems += [
+            f"{shard}: the index says it holds {name}, and it does not: get index and shards of one revision"
+            for name, shard in shards.items()
+            if shard.is_file() and name not in headers
+        ]
+    return headers, problems
+
+
+def _broken(path: Path, error: Exception) -> str:
+    return f"{path} is truncated or no safetensors file ({error}): download it again"
+
+
+def _shape_problems(
+    arch: Architecture, headers: Mapping[str, tuple[str, tuple[int, ...]]], storage: Storage | None
+) -> list[str]:
+    problems = []
+    linears = linear_shapes(arch)
+    for name, shape in all_shapes(arch).items():
+        stem = name.removesuffix(".weight")
+        if name not in headers:
+            inside = stem.split(".", 3)[-1]
+            packed = storage is not None and inside in linears and any(key.startswith(f"{stem}.") for key in headers)
+            if not packed:
+                problems.append(f"tensor {name} is missing: the checkpoint does not match its config.json")
+            continue
+        dtype, found = headers[name]
+        if found != shape:
+            problems.append(f"tensor {name} has shape {list(found)}, config.json asks for {list(shape)}: get both anew")
+        if dtype not in _FLOATS:
+            problems.append(f"tensor {name} is {dtype}: only F16, BF16 and F32 weights can be read: convert it")
+    return problems

@@ -1,0 +1,335 @@
+"""The command line: one short function a command; what the user did wrong becomes a line and an exit code."""
+
+import errno
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import click
+
+from quantkit import __version__
+from quantkit.errors import QuantkitError
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "the disk is full: free some space and run the same command again; it goes on where it stopped",
+    errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
+    errno.EROFS: "the file system is read-only: choose another --out",
+    errno.EACCES: "permission denied: choose an --out that you may write",
+}
+
+
+def _friendly(command: Command) -> Command:
+    """Turn a QuantkitError, a full disk or Ctrl-C into a line on stderr and an exit code."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except QuantkitError as error:
+            click.secho(f"error: {error}", fg="red", err=True)
+            sys.exit(error.exit_code)
+        except OSError as error:
+            if error.errno not in _DISK_ERRORS:
+                raise
+            click.secho(
+                f"error: {error.filename or ''} {_DISK_ERRORS[error.errno]}".replace("  ", " "), fg="red", err=True
+            )
+            sys.exit(QuantkitError.exit_code)
+        except KeyboardInterrupt:
+            click.secho("stopped; the same command goes on where it was", fg="yellow", err=True)
+            sys.exit(130)
+
+    return run  # type: ignore[return-value]
+
+
+def _display() -> Any:
+    from rich.console import Console
+
+    from quantkit.progress import Display
+
+    return Display(Console(stderr=True))
+
+
+_out = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+_seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+_fresh = click.option("--fresh", is_flag=True, help="Replace what --out holds instead of resuming or refusing.")
+_device = click.option("--device", default="cpu", show_default=True, help="torch device, for example cuda.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="quantkit")
+def main() -> None:
+    """From an FP16 Llama checkpoint to a 4-bit, speculative vLLM serving bundle, with the evidence in it."""
+    import os
+    import warnings
+
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@main.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@_out
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change a setting: quantize.group_size=32."
+)
+@click.option("--fresh", is_flag=True, help="Do every stage again.")
+@click.option("--dry-run", is_flag=True, help="Say what each stage would do, and write nothing.")
+@_friendly
+def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_run: bool) -> None:
+    """All stages of RECIPE, in order; skips what is fresh, resumes what was interrupted.
+
+    \b
+    Example:
+      quantkit run recipes/quickstart.yaml --out runs/quickstart
+      quantkit run recipes/quickstart.yaml --out runs/g32 --set quantize.group_size=32
+    """
+    from quantkit import pipeline, summary
+    from quantkit.recipe import load_recipe
+
+    checked = load_recipe(recipe, overrides)
+    if dry_run:
+        for folder, state in pipeline.states(checked, out):
+            click.echo(f"{folder:12} {'runs' if fresh else state}")
+        return
+    display = _display()
+    manifests = pipeline.run(checked, out, display=display, fresh=fresh)
+    summary.print_run(display.console, out, manifests)
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@_out
+@click.option("--method", type=click.Choice(["gptq", "awq"]), default="gptq", show_default=True)
+@click.option(
+    "--format", "format_", type=click.Choice(["compressed-tensors", "gptq", "awq"]), default="compressed-tensors",
+    show_default=True,
+)  # fmt: skip
+@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
+@click.option("--group-size", type=int, default=128, show_default=True, help="-1: per channel.")
+@click.option("--symmetric/--asymmetric", default=False, show_default=True)
+@click.option("--calibration", "text", multiple=True, required=True, help="Text source; may be repeated.")
+@click.option("--samples", type=click.IntRange(1), default=128, show_default=True)
+@click.option("--length", type=click.IntRange(16), default=2048, show_default=True, help="Tokens a sample.")
+@_device
+@_seed
+@_fresh
+@_friendly
+def quantize(
+    checkpoint: Path, out: Path, method: str, format_: str, bits: str, group_size: int, symmetric: bool,
+    text: tuple[str, ...], samples: int, length: int, device: str, seed: int, fresh: bool,
+) -> None:  # fmt: skip
+    """4-bit weights for CHECKPOINT, stored so that vLLM loads them.
+
+    \b
+    Example:
+      quantkit quantize Llama-3.1-8B-Instruct --out llama-w4 --calibration chats.jsonl
+      quantkit quantize llama --out llama-awq --method awq --format awq --calibration prose.txt
+    """
+    from quantkit import recipe, stages
+
+    settings = recipe.check(
+        recipe.Quantize,
+        {"method": method, "format": format_, "bits": int(bits), "group_size": group_size, "symmetric": symmetric},
+        where="quantize",
+    )
+    windows = recipe.TextWindows(text=text, samples=samples, length=length)
+    stage = stages.quantize(checkpoint, calibration=windows, settings=settings, seed=seed, device=device)
+    stages.run_stage(stage, out, display=_display(), replace=fresh)
+    click.echo(str(out))
+
+
+@main.command("eval")
+@click.argument("candidate", type=click.Path(path_type=Path))
+@click.option(
+    "--reference", type=click.Path(path_type=Path), required=True, help="The FP16 checkpoint it was made from."
+)
+@_out
+@click.option("--text", multiple=True, required=True, help="Held-out text source; may be repeated.")
+@click.option("--samples", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--length", type=click.IntRange(16), default=2048, show_default=True, help="Tokens a window.")
+@click.option("--max-perplexity-drift", default="2%", show_default=True, help="Over it, exit 8.")
+@_device
+@_seed
+@_fresh
+@_friendly
+def evaluate(
+    candidate: Path, reference: Path, out: Path, text: tuple[str, ...], samples: int, length: int,
+    max_perplexity_drift: str, device: str, seed: int, fresh: bool,
+) -> None:  # fmt: skip
+    """Perplexity drift, KL and top-1 agreement of CANDIDATE against its FP16 original; exit 8 when the gate fails.
+
+    \b
+    Example:
+      quantkit eval llama-w4 --reference Llama-3.1-8B-Instruct --out report --text held-out.txt
+    """
+    from quantkit import recipe, stages, summary
+
+    settings = recipe.check(
+        recipe.Evaluate,
+        {"text": text, "samples": samples, "length": length, "max_perplexity_drift": max_perplexity_drift},
+        where="eval",
+    )
+    display = _display()
+    stage = stages.evaluate(candidate, reference, settings=settings, seed=seed, device=device)
+    try:
+        stages.run_stage(stage, out, display=display, replace=fresh)
+    finally:
+        summary.print_evaluation(display.console, out)
+
+
+@main.command("train-draft")
+@click.argument("target", type=click.Path(path_type=Path))
+@_out
+@click.option("--init", type=click.Path(path_type=Path), help="A smaller checkpoint of the family to start from.")
+@click.option("--keep-layers", type=click.IntRange(1), help="Or: start from this many of the target's own layers.")
+@click.option("--prompts", default="self:400", show_default=True, help="Text source, or self:N: the target writes N.")
+@click.option("--held-out-prompts", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--answer-tokens", type=click.IntRange(2), default=128, show_default=True)
+@click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--learning-rate", type=float, default=6e-4, show_default=True)
+@click.option("--speculative-tokens", type=click.IntRange(1), default=4, show_default=True)
+@_seed
+@_fresh
+@_friendly
+def train_draft(target: Path, out: Path, init: Path | None, seed: int, fresh: bool, **settings: Any) -> None:
+    """A draft model for TARGET, distilled on the target's own answers; acceptance before and after, by vLLM.
+
+    \b
+    Example:
+      quantkit train-draft llama-w4 --out draft --keep-layers 8 --prompts self:2000
+      quantkit train-draft llama-70b-w4 --out draft --init Llama-3.2-1B-Instruct --prompts chats.jsonl
+    """
+    from quantkit import recipe, stages, summary
+
+    checked = recipe.check(recipe.Draft, settings | {"init": str(init) if init else None}, where="train-draft")
+    display = _display()
+    manifest = stages.run_stage(
+        stages.train_draft(target, settings=checked, seed=seed), out, display=display, replace=fresh
+    )
+    summary.print_draft(display.console, manifest)
+    click.echo(str(out))
+
+
+@main.group()
+def serve() -> None:
+    """Serving bundles: write, check, start."""
+
+
+@serve.command("bundle")
+@click.option("--target", type=click.Path(path_type=Path), required=True, help="The quantized checkpoint.")
+@click.option("--draft", type=click.Path(path_type=Path), help="The draft; without one nothing is speculated.")
+@click.option("--report", "report_dir", type=click.Path(path_type=Path), help="The evaluation of the target.")
+@_out
+@click.option("--served-model-name", help="The name that clients ask for.")
+@click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and answer together, in tokens.")
+@click.option("--max-num-seqs", type=click.IntRange(1), default=32, show_default=True)
+@click.option("--max-num-batched-tokens", type=click.IntRange(1), default=2048, show_default=True)
+@click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1), default=0.92, show_default=True)
+@click.option("--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--kv-cache-dtype", default="auto", show_default=True, help="auto, fp8, fp8_e4m3 or fp8_e5m2.")
+@click.option("--prefix-caching/--no-prefix-caching", default=True, show_default=True)
+@click.option("--speculative-tokens", type=click.IntRange(1), default=4, show_default=True)
+@_fresh
+@_friendly
+def serve_bundle(
+    target: Path, draft: Path | None, report_dir: Path | None, out: Path, fresh: bool, **settings: Any
+) -> None:
+    """A directory with target, draft, flags and evidence that `vllm serve --config` serves.
+
+    \b
+    Example:
+      quantkit serve bundle --target llama-w4 --draft draft --report report --out bundle
+    """
+    from quantkit import recipe, stages
+
+    given = {name: value for name, value in settings.items() if value is not None}
+    checked = recipe.check(recipe.Serve, given, where="serve bundle")
+    stage = stages.bundle(target, draft=draft, report_dir=report_dir, settings=checked)
+    manifest = stages.run_stage(stage, out, display=_display(), replace=fresh)
+    for warning in manifest.results["warnings"]:
+        click.secho(f"warning: {warning}", fg="yellow", err=True)
+    click.echo(str(out))
+
+
+@serve.command("check")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_friendly
+def serve_check(bundle: Path) -> None:
+    """Digests, tokenizers, and whether the installed vLLM accepts the very flags of BUNDLE; exit 2 when not.
+
+    \b
+    Example:
+      quantkit serve check runs/quickstart/bundle
+    """
+    from rich.console import Console
+
+    from quantkit import summary
+    from quantkit.serve.check import check
+
+    checks = check(bundle)
+    summary.print_checks(Console(), checks)
+    if not all(one.passed for one in checks):
+        raise QuantkitError(f"{bundle} must not be served as it is")
+
+
+@serve.command("up")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--profile", type=click.Choice(["auto", "gpu", "cpu"]), default="auto", show_default=True)
+@click.option("--port", type=click.IntRange(1, 65535), help="Instead of the bundle's own.")
+@click.option("--log", type=click.Path(path_type=Path), default=Path("quantkit-serve.log"), show_default=True)
+@click.option("--probe", is_flag=True, help="Ask it what the bundle promises, print what was seen, and stop.")
+@_friendly
+def serve_up(bundle: Path, profile: Literal["auto", "gpu", "cpu"], port: int | None, log: Path, probe: bool) -> None:
+    """Start BUNDLE with vLLM on 127.0.0.1 of this machine; Ctrl-C stops it.
+
+    \b
+    Example:
+      quantkit serve up runs/quickstart/bundle
+      quantkit serve up runs/quickstart/bundle --probe
+    """
+    from rich.console import Console
+
+    from quantkit import summary
+    from quantkit.serve import prove
+
+    console = Console()
+    with console.status("vLLM starts (a minute or two on a CPU)") as status:
+
+        def say(line: str) -> None:
+            status.stop()
+            console.print(line, highlight=False, soft_wrap=True)
+
+        if not probe:
+            prove.stay_up(bundle, profile=profile, port=port, log=log, say=say)
+            return
+        checks = prove.probe_once(bundle, profile=profile, port=port, log=log)
+    summary.print_checks(console, checks)
+    if not all(one.passed for one in checks):
+        raise QuantkitError(f"{bundle} did not serve what it promises; the server's log is {log}")
+
+
+@main.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@_friendly
+def inspect(path: Path) -> None:
+    """What PATH is (a checkpoint, an artefact, a bundle), in a screenful.
+
+    \b
+    Example:
+      quantkit inspect runs/quickstart/target
+    """
+    from quantkit import summary
+
+    summary.print_path(path)
+
+
+if __name__ == "__main__":
+    main()

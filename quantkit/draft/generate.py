@@ -1,0 +1,162 @@
+"""Prompts and the target's own answers to them, by the real vLLM in batches.
+
+`self:N` prompts come from the target: given only the start of its chat template, an instruct model writes what a user
+would ask (Magpie, arXiv 2406.08464).
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from quantkit import offline, text, tokens
+from quantkit.artifacts import write_text
+from quantkit.errors import QuantkitError
+from quantkit.offline import Session
+from quantkit.progress import Report
+
+_MARK = "\u241e"  # stands for the user's words while the template is cut apart; no prompt holds it
+_SPARE = 1.35  # prompts asked for per prompt wanted: some are cut off, some come twice
+
+
+class Exchange(NamedTuple):
+    """A prompt, rendered by the chat template, and the target's answer, both as token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+class Template(NamedTuple):
+    """A chat template cut at the user's words."""
+
+    before: list[int]  # what stands before them
+    end_of_turn: int | None  # the token that ends them
+
+
+def chat_template(tokenizer: Any) -> Template:
+    """Cut the tokenizer's chat template at the user's words; without a template only the BOS stands before them."""
+    if not getattr(tokenizer, "chat_template", None):
+        bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        return Template(bos, tokenizer.eos_token_id)
+    rendered = str(tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False))
+    before, mark, after = rendered.partition(_MARK)
+    if not mark:
+        raise QuantkitError("the chat template drops the user's words: give prompts from a file instead of self:N")
+    end = tokenizer(after, add_special_tokens=False)["input_ids"]
+    return Template(tokenizer(before, add_special_tokens=False)["input_ids"], end[0] if end else None)
+
+
+def render(tokenizer: Any, document: text.Document) -> list[int]:
+    """A prompt (or a chat, up to its last user turn) as the token ids that a chat server would make of it."""
+    if not getattr(tokenizer, "chat_template", None):
+        ids: list[int] = tokenizer(tokens.as_text(document, tokenizer))["input_ids"]
+        return ids
+    chat = [{"role": "user", "content": document}] if isinstance(document, str) else list(document)
+    while chat and chat[-1]["role"] != "user":
+        chat.pop()
+    chat_text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    rendered: list[int] = tokenizer(chat_text, add_special_tokens=False)["input_ids"]
+    return rendered
+
+
+def prompts(
+    session: Session, source: str, target: Path, *, longest: int, seed: int, folder: Path, report: Report, held_out: int
+) -> list[list[int]]:
+    """Distinct rendered prompts of at most `longest` tokens, from a text source or written by the target.
+
+    Raises:
+        QuantkitError: fewer than `held_out` + 1 prompts were left after filtering.
+    """
+    tokenizer = tokens.load_tokenizer(target)
+    wanted = text.self_prompts(source)
+    if wanted is None:
+        found: list[text.Document] = list(text.documents(source))
+    else:
+        found = list(
+            _self_written(session, target, tokenizer, wanted, longest=longest, seed=seed, folder=folder, report=report)
+        )
+    distinct = {json.dumps(document, sort_keys=True).casefold(): document for document in found}
+    rendered = [render(tokenizer, document) for document in distinct.values()]
+    room = longest + len(render(tokenizer, " "))  # the template's own tokens do not count
+    kept = [prompt for prompt in rendered if len(prompt) <= room][: wanted or None]
+    if len(kept) <= held_out:
+        raise QuantkitError(
+            f"prompts {source!r}: {len(kept)} distinct ones of at most {longest} tokens are left, and {held_out} are "
+            "held out: give more prompts, or lower draft.held_out_prompts"
+        )
+    return kept
+
+
+def _self_written(
+    session: Session, target: Path, tokenizer: Any, count: int, *, longest: int, seed: int, folder: Path, report: Report
+) -> list[str]:
+    template = chat_template(tokenizer)
+    stop = {token for token in (template.end_of_turn, tokenizer.eos_token_id) if token is not None}
+    requests = [
+        offline.Request(
+            name=f"prompt-{number}", prompt=template.before, temperature=1.0, max_tokens=longest,
+            seed=seed * 1_000_003 + number, stop_token_ids=sorted(stop),
+        )
+        for number in range(round(count * _SPARE))
+    ]  # fmt: skip
+    job = offline.Job(model=str(target), requests=requests, max_model_len=len(template.before) + longest + 1, seed=seed)
+    results, _ = session.run(
+        job, folder / "prompts", on_result=lambda done, total: report("the target writes prompts", done, total)
+    )
+    finished = [result.tokens for result in results if result.finished == "stop"]
+    asked = (tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in finished)
+    return [question for question in asked if len(question) >= 12 and "\ufffd" not in question]
+
+
+def answers(
+    session: Session,
+    target: Path,
+    prompt_ids: Sequence[list[int]],
+    *,
+    longest: int,
+    seed: int,
+    folder: Path,
+    report: Report,
+) -> list[Exchange]:
+    """The target's greedy answers, in the order of the prompts; empty answers are left out."""
+    stop = stop_tokens(target)
+    requests = [
+        offline.Request(name=f"answer-{number}", prompt=list(prompt), max_tokens=longest, stop_token_ids=stop)
+        for number, prompt in enumerate(prompt_ids)
+    ]
+    job = offline.Job(
+        model=str(target), requests=requests, max_model_len=max(map(len, prompt_ids)) + longest + 1, seed=seed
+    )
+    results, _ = session.run(
+        job, folder / "answers", on_result=lambda done, total: report("the target answers", done, total)
+    )
+    pairs = zip(prompt_ids, results, strict=True)
+    return [Exchange(list(prompt), result.tokens) for prompt, result in pairs if len(result.tokens) > 1]
+
+
+def stop_tokens(checkpoint: Path) -> list[int]:
+    """The tokens at which a server of this checkpoint stops: the tokenizer's EOS and generation_config's."""
+    stop = {tokens.load_tokenizer(checkpoint).eos_token_id}
+    path = checkpoint / "generation_config.json"
+    if path.is_file():
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        stop |= set(eos) if isinstance(eos, list) else {eos}
+    return sorted(token for token in stop if isinstance(token, int))
+
+
+def split(exchanges: Sequence[Exchange], held_out: int, *, seed: int) -> tuple[list[Exchange], list[Exchange]]:
+    """Training exchanges and `held_out` others, drawn by seed; a prompt is never on both sides."""
+    order = torch.randperm(len(exchanges), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [exchanges[i] for i in order[held_out:]], [exchanges[i] for i in order[:held_out]]
+
+
+def save_exchanges(path: Path, exchanges: Sequence[Exchange]) -> None:
+    """Write exchanges as JSON lines of token ids."""
+    write_text(path, "".join(json.dumps(exchange._asdict()) + "\n" for exchange in exchanges))
+
+
+def load_exchanges(path: Path) -> list[Exchange]:
+    """Read what `save_exchanges` wrote."""
+    return [Exchange(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -1,0 +1,203 @@
+"""Batches through the real vLLM, in a child process: answers, acceptance, log-probabilities.
+
+A child, because vLLM takes threads and environment at import and keeps memory for good. It runs one engine in one
+process (started in seconds on a CPU) and writes each finished request as a JSON line, so that a killed job resumes
+request by request.
+"""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from quantkit import artifacts, vllm_environment
+from quantkit.errors import QuantkitError
+
+DONE = "done"  # what the child says of a finished job
+
+
+class Request(BaseModel):
+    """One prompt, as token ids, and what is asked of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    prompt: list[int]
+    temperature: float = 0.0
+    max_tokens: int = 1
+    seed: int | None = None
+    stop_token_ids: list[int] = []
+    prompt_logprobs: bool = False
+
+
+class Result(BaseModel):
+    """What vLLM gave for one request."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    name: str
+    tokens: list[int]
+    finished: Literal["stop", "length"]
+    prompt_logprobs: list[float] | None = None  # nats, of tokens 1.. of the prompt
+
+
+class Job(BaseModel):
+    """An engine and the requests that go through it, all at once."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    model: str
+    requests: list[Request]
+    max_model_len: int
+    max_num_seqs: int = 128
+    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    draft: str | None = None
+    speculative_tokens: int = 4
+    kv_cache_dtype: str = "auto"
+    kv_cache_bytes: int = 1 << 30
+    seed: int = 0
+
+
+class Speculation(BaseModel):
+    """vLLM's own counters of a job with a draft (its `spec_decode` metrics)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    drafts: int
+    proposed: int
+    accepted: int
+    accepted_per_position: list[int]
+
+
+class Session:
+    """A child process with vLLM imported, which takes jobs one after the other; started with the first job.
+
+    Importing vLLM takes longer than starting an engine in it, so jobs that follow each other share the child. Close it
+    (or leave the `with` block) to give its memory back.
+    """
+
+    def __init__(self) -> None:
+        self._child: subprocess.Popen[str] | None = None
+        self._log_path = Path()
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def run(
+        self, job: Job, folder: Path, *, on_result: Callable[[int, int], None] = lambda done, total: None
+    ) -> tuple[list[Result], Speculation | None]:
+        """Put a job through vLLM; results in the order of its requests, and vLLM's counters when it has a draft.
+
+        `folder` keeps job.json, results.jsonl and, for the first job, worker.log. Results of an earlier, interrupted
+        try of the same job are kept and only the missing requests are run (a job with a draft runs whole: its
+        counters must be of one run). `on_result(done, total)` is called as results arrive.
+
+        Raises:
+            QuantkitError: vLLM is not installed, or the child failed; with the telling line of its log.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        results_path, job_path, counters = folder / "results.jsonl", folder / "job.json", folder / "speculation.json"
+        text = job.model_dump_json()
+        same = job_path.exists() and job_path.read_text() == text
+        if not same or (job.draft is not None and not counters.exists()):
+            results_path.unlink(missing_ok=True)
+            counters.unlink(missing_ok=True)
+            artifacts.write_text(job_path, text)
+        found = _read_results(results_path)
+        if len(found) < len(job.requests):
+            on_result(len(found), len(job.requests))
+            self._ask(folder, lambda: on_result(_count_lines(results_path), len(job.requests)))
+            found = _read_results(results_path)
+        missing = [request.name for request in job.requests if request.name not in found]
+        if missing:
+            raise QuantkitError(f"vLLM ended without answers to {len(missing)} requests; see {self._log_path}")
+        speculation = Speculation.model_validate_json(counters.read_bytes()) if job.draft is not None else None
+        return [found[request.name] for request in job.requests], speculation
+
+    def close(self) -> None:
+        """End the child, if there is one."""
+        child, self._child = self._child, None
+        if child is None:
+            return
+        assert child.stdin is not None and child.stdout is not None
+        with suppress(BrokenPipeError):
+            child.stdin.close()  # no more jobs: it ends by itself
+        try:
+            child.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        child.stdout.close()
+
+    def _ask(self, folder: Path, on_tick: Callable[[], None]) -> None:
+        """Have the child run the job in `folder`; it answers with a line when it is done."""
+        child = self._child or self._start(folder)
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            with suppress(BrokenPipeError):
+                child.stdin.write(f"{folder.resolve()}\n")
+                child.stdin.flush()
+            while child.poll() is None and not select.select([child.stdout], [], [], 0.5)[0]:
+                on_tick()
+            answer = child.stdout.readline()
+        except BaseException:  # Ctrl-C above all: the child must not outlive what asked it; raised again below
+            os.killpg(child.pid, signal.SIGKILL)
+            raise
+        on_tick()
+        if answer.strip() != DONE:
+            self.close()
+            line = vllm_environment.telling_line(self._log_path)
+            raise QuantkitError(f"vLLM failed ({line}); the whole log is {self._log_path}")
+
+    def _start(self, folder: Path) -> "subprocess.Popen[str]":
+        if vllm_environment.distribution() is None:
+            raise QuantkitError(f"vLLM is not installed: {vllm_environment.INSTALL_HINT}")
+        on_cpu = vllm_environment.is_cpu_build()
+        env = vllm_environment.process_environment(on_cpu=on_cpu)
+        if on_cpu:
+            # One engine in this one process, on one thread: with more, OpenMP's threads spin against other
+            # processes and a token takes twenty times as long.
+            env |= {
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+                "OMP_NUM_THREADS": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            }
+        self._log_path = folder / "worker.log"
+        with self._log_path.open("w") as log:
+            self._child = subprocess.Popen(
+                [sys.executable, "-P", "-m", "quantkit.offline_worker"], env=env, stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
+            )  # fmt: skip
+        return self._child
+
+
+def _read_results(path: Path) -> dict[str, Result]:
+    if not path.exists():
+        return {}
+    lines = path.read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]  # a kill can leave half a line
+    if len(whole) != len(lines):
+        artifacts.write_text(path, "".join(whole))
+    results = (Result.model_validate(json.loads(line)) for line in whole)
+    return {result.name: result for result in results}
+
+
+def _count_lines(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def windows_job(model: Path, windows: Sequence[Sequence[int]], **settings: Any) -> Job:
+    """A job that asks for the log-probability of every token of every window."""
+    requests = [
+        Request(name=f"window-{number}", prompt=list(window), prompt_logprobs=True)
+        for number, window in enumerate(windows)
+    ]
+    longest = max(len(window) for window in windows)
+    return Job(model=str(model), requests=requests, max_model_len=longest + 1, **settings)

@@ -1,0 +1,113 @@
+"""The child of `quantkit.offline`: an engine for each job, a JSON line for each result."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from quantkit import artifacts, vllm_environment
+from quantkit.offline import DONE, Job, Request, Result, Speculation
+
+
+def main() -> None:
+    """Run the jobs whose folders come on standard input, a line each, and say on standard output when each is done."""
+    # What vLLM and its libraries print goes to the log; standard output belongs to the conversation.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        run(Path(line.rstrip("\n")))
+        answers.write(f"{DONE}\n")
+
+
+def run(folder: Path) -> None:
+    """Run the job in `folder`; requests that already have a result are left out."""
+    from vllm import LLM
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    job = Job.model_validate_json((folder / "job.json").read_bytes())
+    results_path = folder / "results.jsonl"
+    lines = results_path.read_text().splitlines() if results_path.exists() else []
+    done = {json.loads(line)["name"] for line in lines}
+    settings: dict[str, object] = {}
+    if job.draft is not None:
+        settings["speculative_config"] = {
+            "method": "draft_model", "model": job.draft, "num_speculative_tokens": job.speculative_tokens,
+        }  # fmt: skip
+    dtype, on_cpu = job.dtype, vllm_environment.is_cpu_build()
+    if on_cpu:
+        # float16, which a float16 checkpoint would keep, has no fast kernel on most processors
+        dtype = "bfloat16" if dtype == "auto" else dtype
+        settings |= {"kv_cache_memory_bytes": job.kv_cache_bytes, "block_size": 32}
+    llm = LLM(
+        model=job.model, max_model_len=job.max_model_len, max_num_seqs=job.max_num_seqs, dtype=dtype,
+        kv_cache_dtype=job.kv_cache_dtype, seed=job.seed, load_format="safetensors", enforce_eager=on_cpu,
+        disable_log_stats=False, skip_tokenizer_init=True, **settings,
+    )  # fmt: skip
+    engine = llm.llm_engine
+    for request in job.requests:
+        if request.name not in done:
+            engine.add_request(request.name, {"prompt_token_ids": request.prompt}, _sampling(request))
+    before = _counters(llm.get_metrics())
+    with results_path.open("a", buffering=1) as stream:
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    stream.write(_result(output).model_dump_json() + "\n")
+    if job.draft is not None:
+        speculation = _speculation(before, _counters(llm.get_metrics()))
+        artifacts.write_text(folder / "speculation.json", speculation.model_dump_json())
+    del llm, engine
+    cleanup_dist_env_and_memory()
+
+
+def _sampling(request: Request) -> object:
+    from vllm import SamplingParams
+
+    return SamplingParams(
+        temperature=request.temperature, max_tokens=request.max_tokens, seed=request.seed, detokenize=False,
+        stop_token_ids=request.stop_token_ids, prompt_logprobs=0 if request.prompt_logprobs else None,
+    )  # fmt: skip
+
+
+def _result(output: object) -> Result:
+    completion = output.outputs[0]  # type: ignore[attr-defined]
+    scored = output.prompt_logprobs  # type: ignore[attr-defined]
+    prompt = output.prompt_token_ids  # type: ignore[attr-defined]
+    logprobs = None
+    if scored is not None:  # the first token has none; of each other one, its own entry is wanted
+        logprobs = [entry[token].logprob for entry, token in zip(scored[1:], prompt[1:], strict=True)]
+    return Result(
+        name=output.request_id,  # type: ignore[attr-defined]
+        tokens=list(completion.token_ids),
+        finished="stop" if completion.finish_reason == "stop" else "length",
+        prompt_logprobs=logprobs,
+    )
+
+
+def _counters(metrics: list[Any]) -> dict[str, Any]:
+    """vLLM's counters of speculation. They belong to the process and go on counting from engine to engine."""
+    start = "vllm:spec_decode_"
+    return {
+        metric.name.removeprefix(start): metric.values if hasattr(metric, "values") else metric.value
+        for metric in metrics
+        if metric.name.startswith(start)
+    }
+
+
+def _speculation(before: dict[str, Any], after: dict[str, Any]) -> Speculation:
+    def grown(name: str) -> int:
+        return int(after.get(name, 0) - before.get(name, 0))
+
+    per_position = after.get("num_accepted_tokens_per_pos", [])
+    earlier = before.get("num_accepted_tokens_per_pos", [0] * len(per_position))
+    return Speculation(
+        drafts=grown("num_drafts"),
+        proposed=grown("num_draft_tokens"),
+        accepted=grown("num_accepted_tokens"),
+        accepted_per_position=[int(now - then) for now, then in zip(per_position, earlier, strict=True)],
+    )
+
+
+if __name__ == "__main__":
+    main()

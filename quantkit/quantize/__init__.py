@@ -1,0 +1,1 @@
+"""Quantization: which grid, which integers, which bits."""

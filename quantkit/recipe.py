@@ -1,0 +1,194 @@
+"""The YAML recipe: what decides the bytes of a run, checked by pydantic before any work."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from quantkit.errors import QuantkitError, raise_all
+
+Method = Literal["gptq", "awq"]
+ModelT = TypeVar("ModelT", bound=BaseModel)
+FormatName = Literal["compressed-tensors", "gptq", "awq"]
+
+
+def parse_fraction(value: object) -> object:
+    """`15%` or `0.15` as a fraction; anything else is left for pydantic to refuse."""
+    if isinstance(value, str) and value.strip().endswith("%"):
+        try:
+            return float(value.strip().removesuffix("%")) / 100
+        except ValueError:
+            return value
+    return value
+
+
+Fraction = Annotated[PositiveFloat, BeforeValidator(parse_fraction)]
+
+
+class Section(BaseModel):
+    """A part of a recipe: frozen, and every unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextWindows(Section):
+    """Windows of text: which sources, how many samples of how many tokens."""
+
+    text: tuple[str, ...] = Field(min_length=1)
+    samples: PositiveInt = 128
+    length: Annotated[int, Field(ge=16)] = 2048
+
+
+class Quantize(Section):
+    """4-bit weights: the method chooses the integers, the format stores them."""
+
+    method: Method = "gptq"
+    format: FormatName = "compressed-tensors"
+    bits: Literal[4, 8] = 4
+    group_size: int = 128  # -1: one group a row
+    symmetric: bool = False
+    act_order: bool = True
+    damping: PositiveFloat = 0.01
+
+    @model_validator(mode="after")
+    def _group(self) -> "Quantize":
+        if self.group_size != -1 and self.group_size < 8:
+            raise ValueError(f"group_size {self.group_size} is too small: use -1 (per channel), 32, 64 or 128")
+        return self
+
+
+class Draft(Section):
+    """The draft model: where it starts from, what it learns from, for how long."""
+
+    init: str | None = None  # a smaller checkpoint of the family
+    keep_layers: PositiveInt | None = None  # or a subset of the target's own layers
+    prompts: str = "self:400"
+    held_out_prompts: PositiveInt = 32
+    prompt_tokens: PositiveInt = 128  # longest prompt
+    answer_tokens: PositiveInt = 128  # longest answer
+    epochs: PositiveInt = 3
+    batch_size: PositiveInt = 8
+    learning_rate: PositiveFloat = 6e-4
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  # fraction of the steps
+    speculative_tokens: PositiveInt = 4
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "Draft":
+        if (self.init is None) == (self.keep_layers is None):
+            raise ValueError("give exactly one of init (a smaller checkpoint) and keep_layers (of the target's own)")
+        return self
+
+
+class Evaluate(TextWindows):
+    """The held-out text and the gate."""
+
+    samples: PositiveInt = 32
+    max_perplexity_drift: Fraction = 0.02
+
+
+class Serve(Section):
+    """The limits of the deployment. What is left out is sized from the checkpoint or left to vLLM."""
+
+    served_model_name: str | None = None
+    max_model_len: PositiveInt | None = None
+    max_num_seqs: PositiveInt = 32
+    max_num_batched_tokens: PositiveInt = 2048
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.92
+    tensor_parallel_size: PositiveInt = 1
+    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "fp8"
+    prefix_caching: bool = True
+    speculative_tokens: PositiveInt = 4
+
+
+class Recipe(Section):
+    """A whole run."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    note: str = ""  # a line for the report: what a reader must know of this model
+    model: str
+    seed: Annotated[int, Field(ge=0)] = 0
+    calibration: TextWindows
+    quantize: Quantize = Quantize()
+    draft: Draft
+    evaluate: Evaluate
+    serve: Serve = Serve()
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe; `overrides` are `section.key=value`, the value written as in YAML.
+
+    Raises:
+        QuantkitError: no such file, no YAML, or every wrong key and value with the nearest right name.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise QuantkitError(f"recipe {path} is not there: see the folder recipes/ for some to start from") from None
+    except IsADirectoryError:
+        raise QuantkitError(f"recipe {path} is a folder: give one of the .yaml files in it") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise QuantkitError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise QuantkitError(f"recipe {path} holds no sections: see recipes/quickstart.yaml")
+    for override in overrides:
+        _override(data, override)
+    return check(Recipe, data, where=str(path))
+
+
+def check(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> ModelT:
+    """Validate data against a model, every problem as one line with the nearest right name for a wrong key."""
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise_all([f"{where}: {_explain(model, detail)}" for detail in error.errors()])
+        raise AssertionError("a validation error without details") from error
+
+
+def _override(data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise QuantkitError(f"--set {override}: write it as section.key=value, for example quantize.group_size=32")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise QuantkitError(f"--set {override}: {text!r} is not a YAML value") from error
+    *parents, last = key.split(".")
+    here = data
+    for parent in parents:
+        here = here.setdefault(parent, {})
+        if not isinstance(here, dict):
+            raise QuantkitError(f"--set {override}: {parent} is a value, not a section")
+    here[last] = value
+
+
+def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
+    path = [str(part) for part in detail["loc"]]
+    dotted = ".".join(path) or "the recipe"
+    if detail["type"] != "extra_forbidden":
+        return f"{dotted}: {detail['msg'].removeprefix('Value error, ')}" + (
+            f" (got {detail['input']!r})" if detail["type"] not in ("missing", "value_error") else ""
+        )
+    known = _fields_at(model, path[:-1])
+    near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)
+    return f"{dotted} is no setting; " + (f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}")
+
+
+def _fields_at(model: type[BaseModel], path: Iterable[str]) -> list[str]:
+    for part in path:
+        field = model.model_fields.get(part)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)

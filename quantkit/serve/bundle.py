@@ -1,0 +1,345 @@
+"""The serving bundle: target, draft, vLLM settings, evidence and digests in one folder that can be moved."""
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jinja2
+from tokenizers import Tokenizer
+
+from quantkit import artifacts, provenance
+from quantkit.errors import QuantkitError, raise_all
+from quantkit.serve import settings as flags
+from quantkit.serve import sizing
+from quantkit.serve.settings import CONFIG_FILES, DRAFT_DIR, TARGET_DIR, Profile, ServeSettings
+
+REPORT_DIR = "report"
+BUNDLE_JSON = "bundle.json"
+SUMS_NAME = "SHA256SUMS"
+
+# Formats that run code when they are loaded. vLLM would read none of them, but the next tool might.
+_CODE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py")
+_CARRIED_SUFFIXES = (".json", ".jinja", ".model")
+_CARRIED_NAMES = ("merges.txt", "vocab.txt")
+_LICENCE_NAMES = ("LICENSE", "LICENCE", "NOTICE", "USE_POLICY")
+
+
+class Work(Protocol):
+    """The part of `artifacts.Work` that the bundle needs: where to write, and what to say in the manifest."""
+
+    out: Path
+    results: dict[str, Any]
+
+
+def build(
+    work: Work,
+    *,
+    target: Path,
+    draft: Path | None,
+    report: Path | None,
+    settings: ServeSettings,
+    sources: Mapping[str, str],
+) -> None:
+    """Write the bundle into `work.out`. Everything is checked before the first byte is written.
+
+    Weights are hard links where the file system allows it: a bundle costs no second copy.
+
+    Args:
+        target: checkpoint directory that is served.
+        draft: the draft's, or None to serve without speculation.
+        report: evaluation report directory, whose files are carried as evidence.
+        sources: setting name -> where its value came from, for the comments in the YAML files.
+
+    Raises:
+        QuantkitError: all that keeps vLLM from serving this pair with these settings.
+    """
+    raise_all(_all_problems(target, draft, report, settings))
+    _empty(work.out)
+    left_out = {TARGET_DIR: _carry_checkpoint(target, work.out / TARGET_DIR)}
+    if draft:
+        left_out[DRAFT_DIR] = _carry_checkpoint(draft, work.out / DRAFT_DIR)
+    if report:
+        _carry_report(report, work.out / REPORT_DIR)
+    for profile in CONFIG_FILES:
+        path = work.out / CONFIG_FILES[profile]
+        path.parent.mkdir(exist_ok=True)
+        artifacts.write_text(path, flags.to_yaml(settings, profile, draft is not None, sources=sources))
+    record = _record(target, draft, report, settings, sources, left_out)
+    artifacts.write_json(work.out / BUNDLE_JSON, record)
+    artifacts.write_text(work.out / "README.md", render_readme(record, settings))
+    artifacts.write_text(work.out / SUMS_NAME, sums_text(work.out))
+    work.results.update(measured=record["measured"], warnings=record["warnings"])
+
+
+def templates() -> Path:
+    """The folder of bundle templates: inside the package when it is installed, `serve/` in a checkout."""
+    packaged = Path(__file__).parent / "templates"
+    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "serve"
+
+
+def checkpoint_problems(checkpoint: Path, role: str) -> list[str]:
+    """Why a checkpoint directory must not go into a bundle as it is; empty when it may."""
+    if not checkpoint.is_dir():
+        return [f"{role} {checkpoint} is not a directory: give a checkpoint directory"]
+    found = []
+    for path in _files(checkpoint):
+        name = path.relative_to(checkpoint)
+        if path.suffix in _CODE_SUFFIXES:
+            found.append(
+                f"{role} {name} can run code when loaded: keep safetensors only (convert, then remove the file)"
+            )
+        if not path.resolve().is_relative_to(checkpoint.resolve()):
+            found.append(
+                f"{role} {name} is a link out of {checkpoint}: copy the checkpoint with cp -rL and give the copy"
+            )
+    try:
+        config = sizing.read_config(checkpoint)
+        sizing.weight_bytes(checkpoint)
+        found += _scale_problems(checkpoint, role, config)
+    except QuantkitError as error:
+        found.append(f"{role}: {error}")
+    for file in ("config.json", "tokenizer_config.json"):
+        if "auto_map" in _json(checkpoint / file):
+            found.append(
+                f"{role} {file} has auto_map, which loads code: use a checkpoint that transformers knows itself"
+            )
+    if not (checkpoint / "tokenizer.json").is_file():
+        found.append(f"{role} {checkpoint} has no tokenizer.json: save a fast tokenizer into it")
+    return found
+
+
+def tokenizer_problems(target: Path, draft: Path) -> list[str]:
+    """How the tokenizers of target and draft differ; empty when every token has the same id in both."""
+    pair = [directory / "tokenizer.json" for directory in (target, draft)]
+    if not all(path.is_file() for path in pair):
+        return []  # said by checkpoint_problems
+    if pair[0].read_bytes() == pair[1].read_bytes():
+        return []
+    # The bytes differ for many a harmless reason (truncation left set, another version): the ids are what counts.
+    ids_target, ids_draft = (Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True) for path in pair)
+    differing = sorted(
+        token for token in ids_target.keys() | ids_draft.keys() if ids_target.get(token) != ids_draft.get(token)
+    )
+    if not differing:
+        return []
+    return [
+        f"target and draft give {len(differing)} tokens different ids ({', '.join(map(repr, differing[:3]))}, ...): "
+        "use a draft of the same family"
+    ]
+
+
+def sums_text(bundle: Path) -> str:
+    """SHA256SUMS of a bundle, as `sha256sum -c` reads it; the manifest, written after it, is not in it."""
+    records = artifacts.record_files(bundle)
+    return "".join(f"{record.sha256}  {name}\n" for name, record in sorted(records.items()) if name != SUMS_NAME)
+
+
+def render_readme(record: Mapping[str, Any], settings: ServeSettings) -> str:
+    """The bundle's README.md."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(templates()),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    measured = {stage: list(_flat(results)) for stage, results in record["measured"].items()}
+    return environment.get_template("bundle_readme.md.j2").render(
+        bundle=record, settings=settings, configs=CONFIG_FILES, measured={k: v for k, v in measured.items() if v}
+    )
+
+
+def _all_problems(target: Path, draft: Path | None, report: Path | None, settings: ServeSettings) -> list[str]:
+    found = checkpoint_problems(target, "target")
+    if draft:
+        found += checkpoint_problems(draft, "draft") + tokenizer_problems(target, draft)
+    if report and not report.is_dir():
+        found.append(f"report {report} is not a directory: give the output directory of an evaluation")
+    try:
+        target_config = sizing.read_config(target)
+        draft_config = sizing.read_config(draft) if draft else None
+    except QuantkitError:
+        return found  # said by checkpoint_problems
+    found += flags.problems(settings, target_config, draft_config)
+    if draft and "min_p" in _json(target / "generation_config.json"):
+        found.append("target generation_config.json sets min_p, which vLLM rejects with a draft: remove it there")
+    return found
+
+
+def _scale_problems(checkpoint: Path, role: str, config: Mapping[str, Any]) -> list[str]:
+    """KV scales that the config promises and the files lack: vLLM would take 1.0 without a word."""
+    if not (config.get("quantization_config") or {}).get("kv_cache_scheme"):
+        return []
+    names = {name for path in sizing.safetensors_files(checkpoint) for name in sizing.tensor_shapes(path)}
+    missing = [
+        f"layers.{layer}.{kind}"
+        for layer in range(int(config["num_hidden_layers"]))
+        for kind in ("k_scale", "v_scale")
+        if not any(f".layers.{layer}.self_attn." in name and name.endswith(kind) for name in names)
+    ]
+    if not missing:
+        return []
+    return [
+        f"{role} config.json has a kv_cache_scheme but {len(missing)} scales are missing ({missing[0]}, ...): "
+        "calibrate the KV cache, or remove the scheme"
+    ]
+
+
+def _carry_checkpoint(source: Path, destination: Path) -> list[str]:
+    """Link what vLLM reads into the bundle; returns the names of what was left out."""
+    weights = {path.name for path in sizing.safetensors_files(source)}
+    left_out = []
+    for path in _files(source):
+        name = path.relative_to(source).as_posix()
+        carried = name in weights or (
+            "/" not in name
+            and name != artifacts.MANIFEST_NAME
+            and (path.suffix in _CARRIED_SUFFIXES or name in _CARRIED_NAMES or name.startswith(_LICENCE_NAMES))
+        )
+        if carried:
+            # link(2) does not follow a symlink on Linux: without resolve() the bundle would hold the link itself.
+            artifacts.link_or_copy(path.resolve(), destination / name)
+        elif name != artifacts.MANIFEST_NAME:
+            left_out.append(name)
+    return left_out
+
+
+def _carry_report(source: Path, destination: Path) -> None:
+    for path in _files(source):
+        name = path.relative_to(source)
+        if name.as_posix() != artifacts.MANIFEST_NAME and artifacts.PARTIAL_NAME not in name.parts:
+            artifacts.link_or_copy(path.resolve(), destination / name)
+
+
+def _record(
+    target: Path,
+    draft: Path | None,
+    report: Path | None,
+    settings: ServeSettings,
+    sources: Mapping[str, str],
+    left_out: Mapping[str, list[str]],
+) -> dict[str, Any]:
+    """What bundle.json says: what is inside, what it was made from, what was measured, what to be wary of."""
+    stages = {TARGET_DIR: target, DRAFT_DIR: draft, REPORT_DIR: report}
+    present = {name: path for name, path in stages.items() if path is not None}
+    manifests = {name: artifacts.read_manifest(path) for name, path in present.items()}
+    digests = {name: artifacts.digest(path) for name, path in present.items()}
+    config = sizing.read_config(target)
+    draft_config = sizing.read_config(draft) if draft else None
+    warnings = flags.warnings(settings, config, draft_config)
+    if not (target / "chat_template.jinja").is_file() and not _json(target / "tokenizer_config.json").get(
+        "chat_template"
+    ):
+        warnings.append("The target has no chat template: ask /v1/completions, as /v1/chat/completions answers 400.")
+    draft_manifest = manifests.get(DRAFT_DIR)
+    trained_for = draft_manifest.inputs.get("target") if draft_manifest else None
+    if trained_for and trained_for != digests[TARGET_DIR]:
+        warnings.append("The draft was trained for another target: expect a lower acceptance than was measured then.")
+    return {
+        "format": 1,
+        "digests": digests,
+        "inputs": {name: manifest.inputs for name, manifest in manifests.items() if manifest},
+        "pin": {"target": digests[TARGET_DIR], "draft": digests.get(DRAFT_DIR), "draft_trained_for": trained_for},
+        "architecture": {key: config[key] for key in _ARCHITECTURE if key in config},
+        "quantization_config": config.get("quantization_config"),
+        "draft_quantization_config": (draft_config or {}).get("quantization_config"),
+        "kv_cache": _kv_record(settings, config, draft_config),
+        "settings": settings.model_dump(),
+        "sources": {name: sources.get(name, "default") for name in ServeSettings.model_fields},
+        "measured": {name: manifest.results for name, manifest in manifests.items() if manifest},
+        "warnings": warnings,
+        "left_out": {name: names for name, names in left_out.items() if names},
+        "versions": provenance.versions(),
+        "engine": "vllm 0.32.0",
+    }
+
+
+_ARCHITECTURE = ("architectures", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
+                 "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
+
+
+def _kv_record(
+    settings: ServeSettings, target_config: Mapping[str, Any], draft_config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """Bytes of KV cache a token and a full sequence take on one rank of the GPU profile."""
+    dtype = sizing.kv_dtype(target_config, settings.kv_cache_dtype, settings.dtype)
+    per_token = {
+        role: sizing.kv_bytes_per_token(config, dtype, settings.tensor_parallel_size)
+        for role, config in (("target", target_config), ("draft", draft_config))
+        if config is not None
+    }
+    return {
+        "dtype": dtype,
+        "bytes_per_token": per_token,
+        "bytes_per_sequence": sum(per_token.values()) * settings.max_model_len,
+    }
+
+
+def _files(directory: Path) -> list[Path]:
+    """Every file below a directory, in one order; what is still being made is no part of it."""
+    return sorted(
+        path
+        for path in directory.rglob("*")
+        if not path.is_dir() and artifacts.PARTIAL_NAME not in path.relative_to(directory).parts
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise QuantkitError(f"{path} is not JSON ({error}): write the checkpoint again") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _empty(out: Path) -> None:
+    """Remove what an interrupted try left: a file that is no longer wanted would end up in the sums."""
+    for path in sorted(out.rglob("*"), reverse=True):
+        if artifacts.PARTIAL_NAME in path.relative_to(out).parts:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink()
+
+
+def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested results as (dotted name, printed value); long lists are left to bundle.json."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, float):
+        yield name, f"{value:.4g}"
+    elif isinstance(value, str | int | None):
+        yield name, str(value)
+    elif isinstance(value, Iterable):
+        items = list(value)
+        if len(items) <= 8 and all(isinstance(item, str | int | float) for item in items):
+            yield name, ", ".join(f"{item:.4g}" if isinstance(item, float) else str(item) for item in items)
+
+
+def read_bundle(bundle: Path) -> dict[str, Any]:
+    """bundle.json of a bundle.
+
+    Raises:
+        QuantkitError: the folder holds none.
+    """
+    record = _json(bundle / BUNDLE_JSON)
+    if not record:
+        raise QuantkitError(f"{bundle} holds no {BUNDLE_JSON}: give a folder that `quantkit serve bundle` wrote")
+    return record
+
+
+def config_path(bundle: Path, profile: Profile) -> Path:
+    """The vLLM settings file of one profile.
+
+    Raises:
+        QuantkitError: the folder holds none.
+    """
+    path = bundle / CONFIG_FILES[profile]
+    if not path.is_file():
+        raise QuantkitError(f"{path} is not there: give a folder that `quantkit serve bundle` wrote")
+    return path

@@ -1,0 +1,67 @@
+"""A bundle checked, started with the real vLLM on this machine, asked what it promises, and stopped again."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from quantkit import artifacts
+from quantkit.progress import Report
+from quantkit.serve import bundle as bundles
+from quantkit.serve import check, launch, smoke
+
+
+def prove(bundle: Path, *, out: Path, report: Report) -> dict[str, Any]:
+    """Check the bundle, serve it, probe it; smoke.json and server.log go to `out`.
+
+    Returns every check with what was seen, the probe's counts, and the seconds until the server was ready.
+
+    Raises:
+        QuantkitError: the folder is no bundle, or its server does not start.
+    """
+    report("checking digests and flags", 0, 0)
+    checks = check.check(bundle, ask_vllm=False)  # starting it asks more
+    record = bundles.read_bundle(bundle)
+    begin_s = time.monotonic()
+    with launch.serving(
+        bundle, log=out / "server.log", on_wait=lambda waited_s, line: report("vLLM starts", 0, 0)
+    ) as server:
+        ready_s = time.monotonic() - begin_s
+        report("asking the server", 0, 0)
+        model = str(record["settings"]["served_model_name"])
+        probed = smoke.probe(server.base_url, model, speculation=(bundle / "draft").is_dir())
+    artifacts.write_json(out / "smoke.json", probed.model_dump())
+    every = [*checks, *probed.checks]
+    return {
+        "checks": [one.model_dump() for one in every],
+        "ready_s": round(ready_s, 1),
+        "probe": probed.model_dump(exclude={"checks"}),
+    }
+
+
+def probe_once(
+    bundle: Path, *, profile: Literal["auto", "gpu", "cpu"], port: int | None, log: Path
+) -> Sequence[check.Check]:
+    """Start the bundle's server, ask it what it promises, stop it.
+
+    Raises:
+        QuantkitError: the folder is no bundle, or its server does not start.
+    """
+    model = str(bundles.read_bundle(bundle)["settings"]["served_model_name"])
+    with launch.serving(bundle, profile=profile, port=port, log=log) as server:
+        return smoke.probe(server.base_url, model, speculation=(bundle / "draft").is_dir()).checks
+
+
+def stay_up(
+    bundle: Path, *, profile: Literal["auto", "gpu", "cpu"], port: int | None, log: Path, say: Callable[[str], None]
+) -> None:
+    """Start the bundle's server and keep it until Ctrl-C, having said where it is.
+
+    Raises:
+        QuantkitError: the folder is no bundle, its server does not start, or it ends by itself.
+    """
+
+    def ready(server: launch.Server) -> None:
+        say(f"serving on {server.base_url}/v1 ({server.profile} profile); log: {log}; Ctrl-C stops it")
+
+    launch.foreground(bundle, profile=profile, port=port, log=log, on_ready=ready)

@@ -1,0 +1,160 @@
+"""What a finished run says on the terminal: a screenful of what was found, and where to look."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantkit import artifacts
+from quantkit.artifacts import Manifest
+from quantkit.progress import spoken
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from quantkit.serve.check import Check
+
+Row = tuple[str, str]
+
+
+def evaluation_rows(results: dict[str, Any]) -> list[Row]:
+    """The evaluation in lines of a name and a value."""
+    perplexity, drift, kl = results["perplexity"], results["drift"], results["kl_nats"]
+    return [
+        ("perplexity, FP16 -> quantized", f"{perplexity['reference']:.3f} -> {perplexity['candidate']:.3f}"),
+        ("perplexity drift", f"{drift['value']:+.2%} +- {drift['standard_error']:.2%} (standard error)"),
+        ("KL(FP16 || quantized)", f"{kl['mean']:.4f} +- {kl['standard_error']:.4f} nats a token"),
+        ("same most likely token", f"{results['top1_agreement']['value']:.2%}"),
+        ("scored", f"{results['scored_tokens']} tokens in {results['sequences']} sequences"),
+    ]
+
+
+def draft_rows(results: dict[str, Any]) -> list[Row]:
+    """The draft's acceptance on vLLM before and after training."""
+    before, after = results["vllm"]["before"], results["vllm"]["after"]
+    losses = " -> ".join(f"{loss:.2f}" for loss in results["epoch_kl_nats"])
+    return [
+        (
+            "acceptance rate on vLLM, before -> after",
+            f"{before['acceptance_rate']:.1%} -> {after['acceptance_rate']:.1%}",
+        ),
+        (
+            "tokens a step on vLLM, before -> after",
+            f"{before['accepted_length']:.2f} -> {after['accepted_length']:.2f}",
+        ),
+        ("KL(target || draft) by epoch", f"{losses} nats a token"),
+        ("trained on", f"{results['train_prompts']} prompts, {results['answer_tokens']} answer tokens"),
+        ("held out", f"{results['held_out_prompts']} prompts, {results['speculative_tokens']} draft tokens, greedy"),
+    ]
+
+
+def quantized_rows(results: dict[str, Any]) -> list[Row]:
+    """Sizes and the worst linear of a quantized checkpoint."""
+    linears = sorted(results["linears"], key=lambda note: float(note["relative_error"]))
+    worst = linears[-1]
+    before, after = results["source_weights_bytes"], results["weights_bytes"]
+    dead = sum(note["dead_inputs"] for note in linears)
+    rows = [
+        ("weights, FP16 -> quantized", f"{before / 1e6:.0f} MB -> {after / 1e6:.0f} MB"),
+        ("relative output error, median", f"{linears[len(linears) // 2]['relative_error']:.4f}"),
+        ("relative output error, worst", f"{worst['relative_error']:.4f} ({worst['linear']})"),
+    ]
+    return rows + ([("dead inputs", str(dead))] if dead else [])
+
+
+def served_rows(results: dict[str, Any]) -> list[Row]:
+    """What the running server was seen to do."""
+    rows = [("vLLM " + check["name"], check["detail"]) for check in results["checks"]]
+    return [*rows, ("server ready after", spoken(results["ready_s"]))]
+
+
+def print_rows(console: "Console", title: str, rows: list[Row]) -> None:
+    """A table of names and values."""
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table)
+
+
+def print_run(console: "Console", out: Path, manifests: dict[str, Manifest]) -> None:
+    """The run's table and where the bundle and the report are."""
+    parts = (
+        ("target", "Quantized target", quantized_rows), ("report", "Against FP16", evaluation_rows),
+        ("draft", "Draft", draft_rows), ("served", "Served", served_rows),
+    )  # fmt: skip
+    for folder, title, rows in parts:
+        if folder in manifests:
+            console.print()
+            print_rows(console, title, rows(manifests[folder].results))
+    cost = [(folder, _cost(manifest)) for folder, manifest in manifests.items()]
+    console.print()
+    print_rows(console, "Time and memory", cost)
+    console.print()
+    console.print(f"bundle  {out / 'bundle'}", highlight=False, soft_wrap=True)
+    console.print(f"report  {out / 'report' / 'report.html'}", highlight=False, soft_wrap=True)
+    console.print(f"serve   quantkit serve up {out / 'bundle'}", highlight=False, soft_wrap=True)
+
+
+def _cost(manifest: Manifest) -> str:
+    cost = manifest.cost
+    return f"{spoken(float(cost['wall_s']))}, peak {float(cost['peak_memory_bytes']) / 1e9:.1f} GB"
+
+
+def print_evaluation(console: "Console", out: Path) -> None:
+    """The evaluation in `out`, if there is one."""
+    manifest = artifacts.read_manifest(out)
+    if manifest is not None and manifest.kind == "report":
+        print_rows(console, "Against FP16", evaluation_rows(manifest.results))
+        console.print(f"report  {out / 'report.html'}", highlight=False, soft_wrap=True)
+
+
+def print_draft(console: "Console", manifest: Manifest) -> None:
+    """The draft's acceptance."""
+    print_rows(console, "Draft", draft_rows(manifest.results))
+
+
+def print_checks(console: "Console", checks: "Sequence[Check]") -> None:
+    """Checks, one a line, what failed in red."""
+    for one in checks:
+        mark = "[green]passed[/]" if one.passed else "[red]FAILED[/]"
+        console.print(f"{mark} [bold]{one.name}[/]: {one.detail}", highlight=False)
+
+
+def print_path(path: Path) -> None:
+    """What a checkpoint or an artefact is."""
+    from rich.console import Console
+
+    from quantkit.checkpoint import open_checkpoint
+    from quantkit.errors import QuantkitError
+
+    console = Console()
+    manifest = artifacts.read_manifest(path) if path.is_dir() else None
+    by_kind = {"quantized": quantized_rows, "report": evaluation_rows, "draft": draft_rows, "served": served_rows}
+    if manifest is not None:
+        rows = [
+            ("kind", manifest.kind),
+            ("finished", manifest.finished),
+            ("took", _cost(manifest)),
+            ("quantkit", manifest.versions.get("quantkit", "?")),
+            *((f"input {name}", digest[:16]) for name, digest in manifest.inputs.items()),
+        ]
+        print_rows(console, str(path), rows)
+        if manifest.kind in by_kind:
+            print_rows(console, "Results", by_kind[manifest.kind](manifest.results))
+    if (path / "config.json").is_file():
+        opened = open_checkpoint(path)
+        arch, storage = opened.arch, opened.storage
+        size = sum(file.stat().st_size for file in set(opened.shards.values()))
+        stored = f"{storage.bits} bit, group {storage.group_size}, {storage.format}" if storage else "not quantized"
+        heads = f"{arch.num_heads} heads, {arch.num_kv_heads} key/value heads of {arch.head_dim}"
+        print_rows(console, "Checkpoint", [
+            ("architecture", arch.family.architecture),
+            ("layers", f"{arch.num_layers} of hidden size {arch.hidden_size}, {heads}"),
+            ("vocabulary", f"{arch.vocab_size}" + (", tied head" if arch.tied_embeddings else "")),
+            ("weights", f"{size / 1e6:.0f} MB in {len(set(opened.shards.values()))} files, {stored}"),
+        ])  # fmt: skip
+    elif manifest is None:
+        raise QuantkitError(f"{path} is neither a checkpoint nor an artefact of quantkit: it has no config.json")

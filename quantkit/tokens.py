@@ -1,0 +1,105 @@
+"""Documents -> token set: windows of equal length, chat templates applied, BOS as the tokenizer wants it."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit.errors import QuantkitError, raise_all
+from quantkit.text import Document, documents
+
+_SPAN = 32  # tokens; two texts that share a run of this length share a source
+
+
+class TokenSet(NamedTuple):
+    """Windows of text, ready for a forward pass."""
+
+    input_ids_ST: Tensor  # int64 [samples, length]
+    adds_bos: bool  # whether each window starts with the BOS token
+
+
+def shared_spans(first: TokenSet, second: TokenSet) -> float:
+    """The fraction of the second set's 32-token runs that also occur in the first: 0 for disjoint texts."""
+    known = set(_spans(first.input_ids_ST, step=1))
+    seen = [span in known for span in _spans(second.input_ids_ST, step=_SPAN)]
+    return sum(seen) / max(len(seen), 1)
+
+
+def _spans(input_ids_ST: Tensor, *, step: int) -> Iterator[tuple[int, ...]]:
+    for row in input_ids_ST.tolist():
+        for begin in range(1, len(row) - _SPAN + 1, step):  # from 1: a BOS is no text
+            yield tuple(row[begin : begin + _SPAN])
+
+
+def load_tokenizer(checkpoint: Path) -> Any:
+    """The checkpoint's tokenizer, from its own files and nothing else."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        raise QuantkitError(f"{checkpoint} has no usable tokenizer ({str(error).splitlines()[0]})") from error
+
+
+def tokenize(sources: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int) -> TokenSet:
+    """`samples` windows of `length` tokens, the same number from each source, drawn without overlap by `seed`.
+
+    Documents are joined by EOS and cut in windows; chats are rendered by the chat template. A window starts with BOS
+    where the tokenizer adds one to a text of its own accord, and only there.
+
+    Raises:
+        QuantkitError: a source has too few tokens; a chat without a chat template.
+    """
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    body = length - adds_bos
+    windows: list[list[int]] = []
+    problems = []
+    for number, source in enumerate(sources):
+        share = samples // len(sources) + (number < samples % len(sources))
+        chosen, available = _windows(source, tokenizer, share=share, body=body, seed=seed + number)
+        if chosen is None:
+            problems.append(
+                f"text source {source!r} has {available} tokens, {share} samples of {length} need {share * body}: "
+                "lower samples or length, or give more text"
+            )
+        else:
+            windows += chosen
+    raise_all(problems)
+    if adds_bos:
+        windows = [[tokenizer.bos_token_id, *window] for window in windows]
+    return TokenSet(torch.tensor(windows, dtype=torch.int64), adds_bos)
+
+
+def _windows(source: str, tokenizer: Any, *, share: int, body: int, seed: int) -> tuple[list[list[int]] | None, int]:
+    """The chosen windows and the tokens that were seen; None where there are too few."""
+    stream: list[int] = []
+    limit = share * body * 16  # of a hub data set with billions of tokens, read only a beginning
+    for document in documents(source):
+        stream += tokenizer(as_text(document, tokenizer), add_special_tokens=False)["input_ids"]
+        stream += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        if len(stream) > limit and source.startswith("hf:"):
+            break
+    count = len(stream) // body
+    if count < share:
+        return None, len(stream)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:share].sort().values
+    return [stream[index * body : (index + 1) * body] for index in order.tolist()], len(stream)
+
+
+def whole(source: str, tokenizer: Any) -> TokenSet:
+    """All of a source's tokens as one long sample, to look for shared text in."""
+    stream: list[int] = []
+    for document in documents(source):
+        stream += tokenizer(as_text(document, tokenizer), add_special_tokens=False)["input_ids"]
+    return TokenSet(torch.tensor([stream], dtype=torch.int64), adds_bos=False)
+
+
+def as_text(document: Document, tokenizer: Any) -> str:
+    """A document as text: a chat goes through the checkpoint's chat template."""
+    if isinstance(document, str):
+        return document
+    if not getattr(tokenizer, "chat_template", None):
+        raise QuantkitError("the text is chats and the checkpoint has no chat template: give plain text instead")
+    return str(tokenizer.apply_chat_template(document, tokenize=False))

@@ -1,0 +1,159 @@
+"""The command line: its words are frozen, each command explains itself, and mistakes are one line and an exit code."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from quantkit.cli import main
+
+# What scripts of users call. To change a line here is to break them.
+FROZEN = {
+    "run": "recipe --dry-run --fresh --out --set",
+    "quantize": "checkpoint --bits --calibration --device --format --fresh --group-size --length --method --out "
+    "--samples --seed --symmetric",
+    "eval": "candidate --device --fresh --length --max-perplexity-drift --out --reference --samples --seed --text",
+    "train-draft": "target --answer-tokens --batch-size --epochs --fresh --held-out-prompts --init --keep-layers "
+    "--learning-rate --out --prompts --seed --speculative-tokens",
+    "serve bundle": "--draft --fresh --gpu-memory-utilization --kv-cache-dtype --max-model-len "
+    "--max-num-batched-tokens --max-num-seqs --out --prefix-caching --report --served-model-name "
+    "--speculative-tokens --target --tensor-parallel-size",
+    "serve check": "bundle",
+    "serve up": "bundle --log --port --probe --profile",
+    "inspect": "path",
+}
+
+
+def _commands(group: click.Group, prefix: str = "") -> Iterator[tuple[str, click.Command]]:
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            yield from _commands(command, f"{prefix}{name} ")
+        else:
+            yield prefix + name, command
+
+
+def _words(command: click.Command) -> str:
+    arguments = [p.name or "" for p in command.params if isinstance(p, click.Argument)]
+    options = sorted(p.opts[0] for p in command.params if isinstance(p, click.Option))
+    return " ".join(arguments + options)
+
+
+def test_commands_and_options_are_frozen() -> None:
+    assert {name: _words(command) for name, command in _commands(main)} == FROZEN
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_help_has_an_example_that_parses(name: str) -> None:
+    command = dict(_commands(main))[name]
+    said = CliRunner().invoke(main, [*name.split(), "--help"])
+    assert said.exit_code == 0
+    assert command.help is not None
+    examples = [line.strip() for line in command.help.splitlines() if line.strip().startswith("quantkit ")]
+    assert examples
+    for example in examples:
+        words = example.split()[1 + len(name.split()) :]
+        command.make_context(name, words)  # refuses an option that is not there
+
+
+def _call(*arguments: object) -> tuple[int, str]:
+    done = CliRunner().invoke(main, [str(argument) for argument in arguments])
+    return done.exit_code, done.stderr
+
+
+def _quantize(checkpoint: Path, out: Path, text: object, *more: object) -> tuple[int, str]:
+    sizes = ("--samples", 4, "--length", 64, "--group-size", 32)
+    return _call("quantize", checkpoint, "--out", out, "--calibration", text, *sizes, *more)
+
+
+def test_a_group_that_does_not_divide_is_refused_before_anything_is_written(
+    tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    code, said = _quantize(tiny_llama, tmp_path / "out", texts[0], "--group-size", 48)
+    assert code == 2 and "48" in said and "Traceback" not in said
+    assert not (tmp_path / "out" / "quantkit.json").exists()
+
+
+def test_too_little_text_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("count from one to ten")
+    code, said = _quantize(tiny_llama, tmp_path / "out", short)
+    assert code == 2 and "lower samples or length" in said
+
+
+def test_a_finished_output_is_fresh_and_another_run_is_refused(
+    tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    assert _quantize(tiny_llama, out, texts[0])[0] == 0
+    made = (out / "model.safetensors").stat().st_mtime_ns
+    code, said = _quantize(tiny_llama, out, texts[0])
+    assert code == 0 and "fresh" in said
+    code, said = _quantize(tiny_llama, out, texts[1])
+    assert code == 2 and "holds another run" in said
+    assert (out / "model.safetensors").stat().st_mtime_ns == made
+    assert _quantize(tiny_llama, out, texts[1], "--fresh")[0] == 0
+
+
+def test_the_gate_has_its_own_exit_code_and_leaves_the_report(
+    make_llama, tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path  # type: ignore[no-untyped-def]
+) -> None:  # fmt: skip
+    other = make_llama(tmp_path / "other", seed=9, initializer_range=0.9)
+    code, said = _call(
+        "eval", other, "--reference", tiny_llama, "--out", tmp_path / "report", "--text", texts[1], "--samples", 3,
+        "--length", 64,
+    )  # fmt: skip
+    assert code == 8 and "must not be served" in said and "perplexity drift" in said
+    assert (tmp_path / "report" / "quantkit.json").exists()
+
+
+def test_a_draft_of_another_vocabulary_is_refused(make_llama, tiny_llama: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    stranger = make_llama(tmp_path / "stranger", vocab_size=384)
+    code, said = _call("train-draft", tiny_llama, "--init", stranger, "--out", tmp_path / "draft")
+    assert code == 2 and "vocabulary of 384" in said
+    assert not (tmp_path / "draft" / "quantkit.json").exists()
+
+
+def test_a_draft_with_as_many_layers_as_its_target_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    code, said = _call("train-draft", tiny_llama, "--keep-layers", 2, "--out", tmp_path / "draft")
+    assert code == 2 and "a draft needs fewer" in said
+
+
+@pytest.mark.parametrize("word", ["eagle3", "my-DSpark-tests"])
+def test_a_path_that_vllm_would_misread_is_refused(tiny_llama: Path, tmp_path: Path, word: str) -> None:
+    code, said = _call("train-draft", tiny_llama, "--keep-layers", 1, "--out", tmp_path / word / "draft")
+    assert code == 2 and "another kind of speculator" in said
+
+
+def test_nothing_there_to_inspect_is_one_line(tmp_path: Path) -> None:
+    code, said = _call("inspect", tmp_path)
+    assert code == 2 and said.count("\n") == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system too small for the result."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", disk], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("needs the right to mount a tmpfs")
+    yield disk
+    subprocess.run(["umount", disk], check=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_complete(
+    small_disk: Path, tiny_llama: Path, texts: tuple[Path, Path]
+) -> None:
+    command = [
+        sys.executable, "-m", "quantkit.cli", "quantize", tiny_llama, "--out", small_disk / "out", "--calibration",
+        texts[0], "--samples", "4", "--length", "64", "--group-size", "32",
+    ]  # fmt: skip
+    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=dict(os.environ))
+    assert done.returncode == 2, done.stderr
+    assert "disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert not (small_disk / "out" / "quantkit.json").exists()

@@ -1,0 +1,76 @@
+"""Recipes: unknown keys with the nearest right name, overrides, percentages, and that those shipped are valid."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from quantkit.errors import QuantkitError
+from quantkit.recipe import Recipe, load_recipe
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+MINIMAL: dict[str, Any] = {
+    "name": "tiny",
+    "model": "somewhere",
+    "calibration": {"text": ["a.txt"]},
+    "draft": {"keep_layers": 2},
+    "evaluate": {"text": ["b.txt"], "max_perplexity_drift": "2.5%"},
+}
+
+
+def _load(tmp_path: Path, data: dict[str, Any], *overrides: str) -> Recipe:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return load_recipe(path, overrides)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    assert load_recipe(path).name == path.stem
+
+
+def test_percentages_become_fractions(tmp_path: Path) -> None:
+    assert _load(tmp_path, MINIMAL).evaluate.max_perplexity_drift == 0.025
+
+
+def test_an_unknown_key_is_named_with_the_nearest_right_one(tmp_path: Path) -> None:
+    wrong = MINIMAL | {"quantize": {"groupsize": 64}}
+    with pytest.raises(QuantkitError, match=r"quantize\.groupsize is no setting; did you mean group_size"):
+        _load(tmp_path, wrong)
+
+
+def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
+    wrong = MINIMAL | {"quantize": {"bits": 5}, "draft": {"keep_layers": 0}}
+    with pytest.raises(QuantkitError, match=r"(?s)2 problems.*quantize\.bits.*draft\.keep_layers"):
+        _load(tmp_path, wrong)
+
+
+@pytest.mark.parametrize("draft", [{}, {"keep_layers": 2, "init": "small"}])
+def test_a_draft_has_exactly_one_origin(tmp_path: Path, draft: dict[str, Any]) -> None:
+    with pytest.raises(QuantkitError, match="exactly one of init"):
+        _load(tmp_path, MINIMAL | {"draft": draft})
+
+
+def test_overrides_reach_into_sections(tmp_path: Path) -> None:
+    recipe = _load(tmp_path, MINIMAL, "quantize.group_size=32", "calibration.text=[c.txt, d.txt]", "seed=7")
+    assert recipe.quantize.group_size == 32 and recipe.calibration.text == ("c.txt", "d.txt") and recipe.seed == 7
+
+
+@pytest.mark.parametrize("override", ["quantize.group_size", "=3", "name.first=x", "seed=[1"])
+def test_a_malformed_override_is_refused(tmp_path: Path, override: str) -> None:
+    with pytest.raises(QuantkitError, match="--set"):
+        _load(tmp_path, MINIMAL, override)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "", "!!python/object/apply:os.system ['true']"])
+def test_what_is_no_recipe_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(QuantkitError):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(QuantkitError, match="is not there"):
+        load_recipe(tmp_path / "none.yaml")
