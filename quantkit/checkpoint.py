@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantkit import artifacts, formats
+from quantkit import artifacts, formats, quantization_config
 from quantkit.architecture import Architecture, all_shapes, layer_prefix, layer_shapes, linear_shapes, read_architecture
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight, Storage
@@ -110,7 +110,7 @@ def open_checkpoint(path: Path, *, quantized: bool | None = None) -> Checkpoint:
             )
         else:
             try:
-                storage = formats.read_quantization_config(quantization)
+                storage = quantization_config.read(quantization)
             except ValueError as error:
                 problems.append(f"{path / 'config.json'}: {error}")
     elif quantized:

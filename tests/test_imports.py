@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1] / "quantkit"
 ROOMS = [
     {"errors", "__init__"},
     {"provenance", "progress", "formats"},
+    {"quantization_config", "vllm_support"},
     {"artifacts", "architecture"},
     {"recipe", "checkpoint", "decoder", "text", "gguf", "vllm_environment"},
     {"tokens", "offline", "offline_worker"},
@@ -18,7 +19,8 @@ ROOMS = [
     {"cli"},
 ]
 # What is pure maths imports torch, the standard library, and each other.
-PURE = {"formats", "quantize.grid", "quantize.gptq", "quantize.awq", "draft.losses"}
+PURE = {"formats", "quantization_config", "vllm_support", "quantize.grid", "quantize.gptq", "quantize.awq"}
+PURE |= {"draft.losses"}
 
 
 def _modules() -> dict[str, Path]:

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantkit import artifacts, decoder, formats
+from quantkit import artifacts, decoder, formats, quantization_config, vllm_support
 from quantkit.architecture import INPUT_GROUPS, Architecture, layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint, copy_companions, dense_layer, save_tensors, write_weights
 from quantkit.decoder import Rotation
@@ -66,7 +66,7 @@ def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
     Raises:
         QuantkitError: each reason, with what to choose instead.
     """
-    raise_all(formats.unsupported(
+    raise_all(vllm_support.unsupported(
         settings.format, bits=settings.bits, group_size=settings.group_size, symmetric=settings.symmetric,
         shapes=linear_shapes(checkpoint.arch),
     ))  # fmt: skip
@@ -117,7 +117,7 @@ def write_checkpoint(checkpoint: Checkpoint, settings: Settings, *, folder: Path
     write_weights(out, tensors())
     config = checkpoint.config | {
         "dtype": "float16",
-        "quantization_config": formats.quantization_config(
+        "quantization_config": quantization_config.build(
             settings.format, bits=settings.bits, group_size=settings.group_size, symmetric=settings.symmetric,
             ignore=["lm_head"],
         ),
