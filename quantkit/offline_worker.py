@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quantkit import artifacts, vllm_environment
+from quantkit import artifacts, hardware, vllm_environment
 from quantkit.offline import DONE, Job, Request, Result, Speculation
 
 
@@ -22,6 +22,7 @@ def main() -> None:
 
 def run(folder: Path) -> None:
     """Run the job in `folder`; requests that already have a result are left out."""
+    parent = os.getppid()
     from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -34,10 +35,11 @@ def run(folder: Path) -> None:
         settings["speculative_config"] = {
             "method": "draft_model", "model": job.draft, "num_speculative_tokens": job.speculative_tokens,
         }  # fmt: skip
-    dtype, on_cpu = job.dtype, vllm_environment.is_cpu_build()
+    dtype: str = job.dtype
+    on_cpu = vllm_environment.is_cpu_build()
     if on_cpu:
         # float16, which a float16 checkpoint would keep, has no fast kernel on most processors
-        dtype = "bfloat16" if dtype == "auto" else dtype
+        dtype = _fast_dtype(Path(job.model)) if dtype == "auto" else dtype
         settings |= {"kv_cache_memory_bytes": job.kv_cache_bytes, "block_size": 32}
     llm = LLM(
         model=job.model, max_model_len=job.max_model_len, max_num_seqs=job.max_num_seqs, dtype=dtype,
@@ -51,6 +53,8 @@ def run(folder: Path) -> None:
     before = _counters(llm.get_metrics())
     with results_path.open("a", buffering=1) as stream:
         while engine.has_unfinished_requests():
+            if os.getppid() != parent:
+                sys.exit("whoever asked is gone")
             for output in engine.step():
                 if output.finished:
                     stream.write(_result(output).model_dump_json() + "\n")
@@ -59,6 +63,12 @@ def run(folder: Path) -> None:
         artifacts.write_text(folder / "speculation.json", speculation.model_dump_json())
     del llm, engine
     cleanup_dist_env_and_memory()
+
+
+def _fast_dtype(model: Path) -> str:
+    """4-bit linears know 16-bit activations only; anything else runs in what the processor multiplies fast."""
+    quantized = "quantization_config" in json.loads((model / "config.json").read_bytes())
+    return "bfloat16" if quantized else str(hardware.compute_dtype("cpu")).removeprefix("torch.")
 
 
 def _sampling(request: Request) -> object:

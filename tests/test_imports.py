@@ -8,10 +8,10 @@ ROOT = Path(__file__).parents[1] / "quantkit"
 # Lower rooms first. A module may import modules of lower rooms and of its own, never of a higher one.
 ROOMS = [
     {"errors", "__init__"},
-    {"provenance", "progress", "formats"},
+    {"provenance", "progress", "formats", "hardware"},
     {"quantization_config", "vllm_support"},
     {"artifacts", "architecture"},
-    {"recipe", "checkpoint", "decoder", "text", "gguf", "vllm_environment"},
+    {"recipe", "checkpoint", "decoder", "text", "gguf", "vllm_environment", "vllm_plugin", "vllm_kernel"},
     {"tokens", "offline", "offline_worker"},
     {"quantize", "draft", "evaluate", "serve"},
     {"stages"},

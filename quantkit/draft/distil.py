@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from quantkit import vllm_environment
+from quantkit import hardware, vllm_environment
 from quantkit.checkpoint import Checkpoint, open_checkpoint, save_tensors, write_dense
 from quantkit.draft import acceptance, generate, initialize, train
 from quantkit.errors import QuantkitError
@@ -134,7 +134,7 @@ def _target_states(
     head = target.read([head_name])[head_name]
     kept = folder / "hidden.safetensors"
     if not kept.exists():
-        model = train.build_model(target, dtype=torch.bfloat16)
+        model = train.build_model(target, dtype=hardware.compute_dtype("cpu"))
         states = train.target_hidden_states(model, exchanges, batch_size=8, report=report)
         save_tensors(kept, {"hidden": torch.cat(states)})
     flat = load_file(kept)["hidden"]

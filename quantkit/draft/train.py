@@ -13,6 +13,7 @@ from quantkit.checkpoint import Checkpoint
 from quantkit.draft.acceptance import Acceptance, simulate_greedy, total
 from quantkit.draft.generate import Exchange
 from quantkit.draft.losses import chunked_forward_kl
+from quantkit.hardware import compute_dtype
 from quantkit.progress import Report
 
 
@@ -85,7 +86,9 @@ def train(
     from accelerate.utils import set_seed
 
     set_seed(plan.seed)
-    accelerator = Accelerator(mixed_precision="bf16", cpu=not torch.cuda.is_available())
+    compute = compute_dtype("cuda" if torch.cuda.is_available() else "cpu")
+    mixed = "bf16" if compute == torch.bfloat16 else "no"
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not torch.cuda.is_available())
     draft.get_input_embeddings().weight.requires_grad_(False)
     draft.get_output_embeddings().weight.requires_grad_(False)
     trainable = [parameter for parameter in draft.parameters() if parameter.requires_grad]
@@ -93,7 +96,7 @@ def train(
     steps_an_epoch = math.ceil(len(exchanges) / plan.batch_size)
     steps = steps_an_epoch * plan.epochs
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _linear(step, steps, plan.warmup))
-    distiller = _Distiller(draft, target_head_VC.to(torch.bfloat16))
+    distiller = _Distiller(draft, target_head_VC.to(compute))
     model, optimizer, schedule = accelerator.prepare(distiller, optimizer, schedule)
     history = _History()
     accelerator.register_for_checkpointing(history)
@@ -107,7 +110,7 @@ def train(
             input_ids, spans = _pad([exchanges[index] for index in chosen])
             flat = torch.arange(input_ids.numel()).view_as(input_ids)
             positions = torch.cat([flat[row, span] for row, span in enumerate(spans)])
-            known = torch.cat([hidden[index] for index in chosen])
+            known = torch.cat([hidden[index] for index in chosen]).to(compute)
             loss = model(*(part.to(accelerator.device) for part in (input_ids, positions, known)))
             accelerator.backward(loss)
             accelerator.clip_grad_norm_(trainable, 1.0)

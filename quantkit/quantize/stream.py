@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantkit import artifacts, decoder, formats, quantization_config, vllm_support
+from quantkit import artifacts, decoder, formats, hardware, quantization_config, vllm_support
 from quantkit.architecture import INPUT_GROUPS, Architecture, layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint, copy_companions, dense_layer, save_tensors, write_weights
 from quantkit.decoder import Rotation
@@ -26,9 +26,6 @@ from quantkit.quantize.gptq import gptq
 from quantkit.tokens import TokenSet
 
 _BATCH = 4  # samples a forward pass
-# Calibration inputs need no more: what rounds them is far below what 4 bits round away, and processors and GPUs of
-# today multiply bfloat16 several times as fast as float32. Weights, Gram matrices and residual stream stay float32.
-_COMPUTE = torch.bfloat16
 
 
 class Settings(NamedTuple):
@@ -83,8 +80,11 @@ def quantize_layers(
     arch = checkpoint.arch
     folder.mkdir(parents=True, exist_ok=True)
     notes: list[LinearNote] = []
+    # Calibration inputs need no more than bfloat16: what rounds them is far below what 4 bits round away. Weights, Gram
+    # matrices and residual stream stay float32.
+    compute = hardware.compute_dtype(device)
     with torch.no_grad():
-        rotary = decoder.rotation(checkpoint.config, tokens.input_ids_ST.shape[1], dtype=_COMPUTE, device=device)
+        rotary = decoder.rotation(checkpoint.config, tokens.input_ids_ST.shape[1], dtype=compute, device=device)
         hidden_STC = checkpoint.outer()["model.embed_tokens.weight"][tokens.input_ids_ST]
         for index in range(arch.num_layers):
             report("layer", index, arch.num_layers)
@@ -96,7 +96,7 @@ def quantize_layers(
                 _store(stored, layer)
             tensors, layer_notes = _load(stored, arch, settings)
             notes += [note._replace(linear=layer_prefix(index) + note.linear) for note in layer_notes]
-            dense = {name: tensor.to(device, _COMPUTE) for name, tensor in tensors.items()}
+            dense = {name: tensor.to(device, compute) for name, tensor in tensors.items()}
             for begin in range(0, len(hidden_STC), _BATCH):
                 part = hidden_STC[begin : begin + _BATCH].to(device)
                 hidden_STC[begin : begin + _BATCH] = decoder.layer(dense, arch, part, rotary).cpu()
@@ -151,7 +151,8 @@ class _Layer:
         self, weights: dict[str, Tensor], arch: Architecture, settings: Settings, rotary: Rotation, hidden_STC: Tensor
     ) -> None:
         self.weights = weights  # dense float32; a linear's weight is replaced by its dequantized one
-        self.compute = {name: tensor.to(_COMPUTE) for name, tensor in weights.items()}  # the same, to run
+        self.dtype = rotary[0].dtype
+        self.compute = {name: tensor.to(self.dtype) for name, tensor in weights.items()}  # the same, to run
         self.arch = arch
         self.settings = settings
         self.rotary = rotary
@@ -255,7 +256,7 @@ class _Layer:
 
     def _set(self, name: str, tensor: Tensor) -> None:
         self.weights[name] = tensor
-        self.compute[name] = tensor.to(_COMPUTE)
+        self.compute[name] = tensor.to(self.dtype)
 
 
 def _observe(batches: Iterator[Tensor]) -> Inputs:
