@@ -162,11 +162,11 @@ class Session:
         on_cpu = vllm_environment.is_cpu_build()
         env = vllm_environment.process_environment(on_cpu=on_cpu)
         if on_cpu:
-            # One engine in this one process, on one thread: with more, OpenMP's threads spin against other
-            # processes and a token takes twenty times as long.
+            # One engine in this one process, on half of the cores: where other processes want the same cores, OpenMP's
+            # threads wait for each other, and a token was seen to take twenty times as long.
             env |= {
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "OMP_NUM_THREADS": "1",
+                "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // 2, 1)),
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             }
         self._log_path = folder / "worker.log"

@@ -63,7 +63,7 @@ def quantized_rows(results: dict[str, Any]) -> list[Row]:
 
 def served_rows(results: dict[str, Any]) -> list[Row]:
     """What the running server was seen to do."""
-    rows = [("vLLM " + check["name"], check["detail"]) for check in results["checks"]]
+    rows = [(check["name"], check["detail"]) for check in results["checks"]]
     return [*rows, ("server ready after", spoken(results["ready_s"]))]
 
 

@@ -32,21 +32,21 @@ def train_draft(
     origin = _initialize(target, settings, initial)
     speaking = _speaking_target(target, folder)
     measure = {"k": settings.speculative_tokens, "longest": settings.answer_tokens}
-    with Session() as session:  # ended before training, which wants the memory
+    with Session() as session:  # one process for all of vLLM's work: importing it takes longer than a job
         train_set, held_out = _exchanges(session, speaking, settings, seed, folder, report)
         before = acceptance.measure(
             session, speaking, initial, held_out, **measure, folder=folder / "before", report=report,
             what="acceptance before",
         )  # fmt: skip
-    draft = train.build_model(open_checkpoint(initial), dtype=torch.float32)
-    simulated_before = train.greedy_acceptance(draft, held_out, k=settings.speculative_tokens)
-    target_head, hidden = _target_states(target, train_set, folder, report)
-    plan = train.Plan(settings.epochs, settings.batch_size, settings.learning_rate, settings.warmup, seed)
-    trained = train.train(draft, target_head, train_set, hidden, plan, folder=folder, report=report)
-    simulated_after = train.greedy_acceptance(draft, held_out, k=settings.speculative_tokens)
-    config = open_checkpoint(initial).config
-    initialize.write_draft(out, config, _weights(draft, target), companions=target_path)
-    with Session() as session:
+        draft = train.build_model(open_checkpoint(initial), dtype=torch.float32)
+        simulated_before = train.greedy_acceptance(draft, held_out, k=settings.speculative_tokens)
+        target_head, hidden = _target_states(target, train_set, folder, report)
+        plan = train.Plan(settings.epochs, settings.batch_size, settings.learning_rate, settings.warmup, seed)
+        trained = train.train(draft, target_head, train_set, hidden, plan, folder=folder, report=report)
+        simulated_after = train.greedy_acceptance(draft, held_out, k=settings.speculative_tokens)
+        config = open_checkpoint(initial).config
+        initialize.write_draft(out, config, _weights(draft, target), companions=target_path)
+        del draft, target_head, hidden
         after = acceptance.measure(
             session, speaking, out, held_out, **measure, folder=folder / "after", report=report,
             what="acceptance after",

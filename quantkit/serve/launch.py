@@ -19,18 +19,23 @@ import httpx
 from quantkit import vllm_environment
 from quantkit.errors import QuantkitError
 from quantkit.serve import bundle as bundles
+from quantkit.serve import processor
 from quantkit.serve.settings import CONFIG_FILES, Profile
 
 Progress = Callable[[float, str], None]
 
 
 class Server(NamedTuple):
-    """A running vLLM: where it answers, its process (leader of its own group), its profile and its log."""
+    """A running vLLM: where it answers, its process (leader of its own group), its profile and its log.
+
+    substitutes: what this processor cannot do of the profile, and what is done instead.
+    """
 
     base_url: str
     pid: int
     profile: Profile
     log: Path
+    substitutes: tuple[str, ...] = ()
 
 
 def resolve_profile(profile: Literal["auto", "gpu", "cpu"]) -> Profile:
@@ -80,13 +85,15 @@ def serving(
     """
     chosen = resolve_profile(profile)
     bundles.config_path(bundle, chosen)
+    instead = processor.substitutes(bundle) if chosen == "cpu" else []
     for attempt in (1, 2, 3):
         number = port if port is not None else _free_port()
         if not _port_is_free(number):
             raise QuantkitError(f"port {number} on 127.0.0.1 is taken: give another --port, or none to have one chosen")
         overrides = ["--host", "127.0.0.1", "--port", str(number), "--shutdown-timeout", str(drain_timeout_s)]
+        overrides += [flag for one in instead for flag in one.flags]
         process = _start(bundle, chosen, log, overrides)
-        server = Server(f"http://127.0.0.1:{number}", process.pid, chosen, log)
+        server = Server(f"http://127.0.0.1:{number}", process.pid, chosen, log, tuple(one.said for one in instead))
         with _ended_on_exit(process, drain_timeout_s + stop_timeout_s):
             if _wait_until_healthy(server, process, start_timeout_s, on_wait, retry=port is None and attempt < 3):
                 yield server

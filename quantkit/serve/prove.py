@@ -31,7 +31,7 @@ def prove(bundle: Path, *, out: Path, report: Report) -> dict[str, Any]:
         model = str(record["settings"]["served_model_name"])
         probed = smoke.probe(server.base_url, model, speculation=(bundle / "draft").is_dir())
     artifacts.write_json(out / "smoke.json", probed.model_dump())
-    every = [*checks, *probed.checks]
+    every = [*checks, *_processor_checks(server), *probed.checks]
     return {
         "checks": [one.model_dump() for one in every],
         "ready_s": round(ready_s, 1),
@@ -49,7 +49,8 @@ def probe_once(
     """
     model = str(bundles.read_bundle(bundle)["settings"]["served_model_name"])
     with launch.serving(bundle, profile=profile, port=port, log=log) as server:
-        return smoke.probe(server.base_url, model, speculation=(bundle / "draft").is_dir()).checks
+        probed = smoke.probe(server.base_url, model, speculation=(bundle / "draft").is_dir())
+    return [*_processor_checks(server), *probed.checks]
 
 
 def stay_up(
@@ -62,6 +63,13 @@ def stay_up(
     """
 
     def ready(server: launch.Server) -> None:
+        for line in server.substitutes:
+            say(f"on this processor: {line}")
         say(f"serving on {server.base_url}/v1 ({server.profile} profile); log: {log}; Ctrl-C stops it")
 
     launch.foreground(bundle, profile=profile, port=port, log=log, on_ready=ready)
+
+
+def _processor_checks(server: launch.Server) -> list[check.Check]:
+    """What was done instead on this processor: no failure, but it must be seen."""
+    return [check.Check(name="on this processor", passed=True, detail=line) for line in server.substitutes]

@@ -239,6 +239,8 @@ def _left_out(settings: ServeSettings, has_draft: bool) -> list[str]:
         + (" (draft_tensor_parallel_size likewise)." if has_draft else "."),
         "CUDA graphs and torch.compile: enforce-eager.",
         "async-scheduling: the CPU backend switches it off.",
+        "x86 without AVX-512: no 4-bit kernel and no FP8 cache in vLLM's CPU build; `quantkit serve up` runs the "
+        "dequantized weights in float32 and a bfloat16 cache instead, and says so.",
     ]
     if settings.cpu_dtype is not None:
         lines.append(f"dtype {settings.dtype}: {settings.cpu_dtype} here, by the setting cpu_dtype.")
