@@ -40,7 +40,12 @@ def run(folder: Path) -> None:
     if on_cpu:
         # float16, which a float16 checkpoint would keep, has no fast kernel on most processors
         dtype = _fast_dtype(Path(job.model)) if dtype == "auto" else dtype
-        settings |= {"kv_cache_memory_bytes": job.kv_cache_bytes, "block_size": 32}
+        # Whole prompts: after half a one vLLM 0.32 rewinds the request's random generator, which a CPU's cannot
+        # ("CPU Generator does not use offset").
+        settings |= {
+            "kv_cache_memory_bytes": job.kv_cache_bytes, "block_size": 32, "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(8192, job.max_model_len),
+        }  # fmt: skip
     llm = LLM(
         model=job.model, max_model_len=job.max_model_len, max_num_seqs=job.max_num_seqs, dtype=dtype,
         kv_cache_dtype=job.kv_cache_dtype, seed=job.seed, load_format="safetensors", enforce_eager=on_cpu,

@@ -1,0 +1,76 @@
+"""AutoRound as one process: `python -I auto_round.py JOB_DIR`, job.json in, result.json out."""
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+              "chat_template*", "generation_config.json")  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    """Run the job in `folder`; result.json appears only when the checkpoint is whole."""
+    started = time.monotonic()
+    job = json.loads((folder / "job.json").read_bytes())
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+    import auto_round  # noqa: F401 (imported here to be counted as an import)
+
+    import_cpu_s = cpu_seconds()
+    quantize(job)
+    cpu_s = cpu_seconds()
+    result = {
+        "engine": "auto-round", "version": version("auto-round"), "method": job["method"], "format": packing(job),
+        "cpu_s": cpu_s, "import_cpu_s": import_cpu_s, "quantize_cpu_s": cpu_s - import_cpu_s,
+        "wall_s": time.monotonic() - started,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "notes": [],
+    }  # fmt: skip
+    temporary = folder / ".result.json.tmp"
+    temporary.write_text(json.dumps(result, indent=2))
+    temporary.replace(folder / "result.json")
+
+
+def cpu_seconds() -> float:
+    """User and system seconds of this process and of the children it has waited for, since it started."""
+    both = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+def packing(job: dict[str, Any]) -> str:
+    """GPTQ files keep zero_point - 1, which readers of an asymmetric grid do not agree on; AWQ files keep it as it is."""
+    return "gptq" if job["scheme"]["symmetric"] else "awq"
+
+
+def quantize(job: dict[str, Any]) -> None:
+    """Write the quantized checkpoint."""
+    import torch
+    from auto_round import AutoRound
+    from auto_round.schemes import QuantizationScheme
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    assert job["method"] == "auto-round", job["method"]
+    torch.set_num_threads(job["threads"])
+    scheme, source, out = job["scheme"], Path(job["checkpoint"]), Path(job["out"])
+    windows = load_file(job["tokens"])["input_ids"]
+    # A list of batches passes by the engine's own data sets. It drops windows shorter than seqlen and stops after
+    # nsamples, so both are the exact size.
+    batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows]
+    engine = AutoRound(
+        str(source), AutoTokenizer.from_pretrained(source), dataset=batches, nsamples=windows.shape[0],
+        scheme=QuantizationScheme(bits=scheme["bits"], group_size=scheme["group_size"], sym=scheme["symmetric"]),
+        seqlen=windows.shape[1], seed=job["seed"], device_map=job["device"], **job["options"],
+    )  # fmt: skip
+    engine.quantize_and_save(str(out), format=f"auto_{packing(job)}")
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, out / file.name)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,95 @@
+"""llm-compressor's GPTQ and AWQ as one process: `python -I llm_compressor.py JOB_DIR`, job.json in, result.json out."""
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+              "chat_template*", "generation_config.json")  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    """Run the job in `folder`; result.json appears only when the checkpoint is whole."""
+    started = time.monotonic()
+    job = json.loads((folder / "job.json").read_bytes())
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+    import llmcompressor.modifiers.gptq
+    import llmcompressor.modifiers.transform.awq  # noqa: F401 (imported here to be counted as an import)
+
+    import_cpu_s = cpu_seconds()
+    notes = quantize(job)
+    cpu_s = cpu_seconds()
+    result = {
+        "engine": "llm-compressor", "version": version("llmcompressor"), "method": job["method"],
+        "format": "compressed-tensors", "cpu_s": cpu_s, "import_cpu_s": import_cpu_s,
+        "quantize_cpu_s": cpu_s - import_cpu_s, "wall_s": time.monotonic() - started,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "notes": notes,
+    }  # fmt: skip
+    temporary = folder / ".result.json.tmp"
+    temporary.write_text(json.dumps(result, indent=2))
+    temporary.replace(folder / "result.json")
+
+
+def cpu_seconds() -> float:
+    """User and system seconds of this process and of the children it has waited for, since it started."""
+    both = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+def quantize(job: dict[str, Any]) -> list[str]:
+    """Write the quantized checkpoint; returns what was patched and what the engine did other than asked."""
+    import torch
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.transform.awq import AWQModifier
+    from llmcompressor.pipelines.cache import IntermediatesCache
+    from safetensors.torch import load_file
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForCausalLM, set_seed
+
+    notes = []
+    torch.set_num_threads(job["threads"])
+    set_seed(job["seed"])
+    if not torch.accelerator.is_available():
+        # AWQ pins the activations that it keeps, for faster copies to an accelerator; without one, pinning raises.
+        IntermediatesCache.pin_memory = lambda *args, **kwargs: None
+        notes.append("AWQ keeps its activations in unpinned memory, because pinning needs an accelerator")
+
+    scheme, options = job["scheme"], dict(job["options"])
+    weights = QuantizationArgs(
+        num_bits=scheme["bits"], type="int", symmetric=scheme["symmetric"], strategy="group",
+        group_size=scheme["group_size"],
+    )  # fmt: skip
+    grid = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, "ignore": ["lm_head"]}
+    recipes = {
+        "gptq": lambda: [GPTQModifier(**grid, **options)],
+        "awq": lambda: [AWQModifier(**options), QuantizationModifier(**grid)],
+        "awq+gptq": lambda: [AWQModifier(), GPTQModifier(**grid, **options)],
+    }
+    recipe = recipes[job["method"]]()
+
+    source, out = Path(job["checkpoint"]), Path(job["out"])
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16).to(job["device"])
+    # A loader of our own passes by the engine's tokenizing, shuffling and truncating: these windows in this order.
+    windows = load_file(job["tokens"])["input_ids"]
+    batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows]
+    loader = DataLoader(batches, batch_size=None, shuffle=False)
+    oneshot(model=model, recipe=recipe, dataset=loader, num_calibration_samples=len(batches), pipeline="sequential")
+
+    model.save_pretrained(out, save_compressed=True)
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, out / file.name)
+    return notes
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
