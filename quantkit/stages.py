@@ -69,9 +69,10 @@ def quantize(
         from quantkit import checkpoint as checkpoints
         from quantkit import tokens
         from quantkit.quantize import stream
+        from quantkit.quantize.layer import Settings
 
         source = checkpoints.open_checkpoint(checkpoint, quantized=False)
-        plan = stream.Settings(**settings.model_dump())
+        plan = Settings(**settings.model_dump())
         stream.check_settings(source, plan)
         windows = tokens.tokenize(
             calibration.text, tokens.load_tokenizer(checkpoint), samples=calibration.samples,

@@ -1,13 +1,12 @@
 """The one loop over decoder layers: calibrate, choose the integers, store, go on with what was stored.
 
-Inside a layer the linears are quantized in the order of the forward pass, each group on the inputs that the groups
-before it, already quantized, really give it. One layer's weights, its Gram matrices and the hidden states of the
-calibration set are all that is in memory.
+One layer's weights and Gram matrices are all that must be in memory; the hidden states of the calibration set are
+mapped files (`states`). A layer's file is written last, after the states behind it: a run that was killed goes on at
+the first layer without a file, from the very states that the layer before it left.
 """
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -15,46 +14,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantkit import artifacts, decoder, formats, hardware, quantization_config, vllm_support
-from quantkit.architecture import INPUT_GROUPS, Architecture, layer_prefix, linear_shapes
-from quantkit.checkpoint import Checkpoint, copy_companions, dense_layer, save_tensors, write_weights
-from quantkit.decoder import Rotation
+from quantkit.architecture import INPUT_GROUPS, layer_prefix, linear_shapes
+from quantkit.checkpoint import Checkpoint, copy_companions, save_tensors, write_weights
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight
 from quantkit.progress import Report
-from quantkit.quantize.awq import awq, search_scale
-from quantkit.quantize.gptq import gptq
+from quantkit.quantize import ranks, states
+from quantkit.quantize.layer import Layer, LinearNote, Settings
 from quantkit.tokens import TokenSet
-
-_BATCH = 4  # samples a forward pass
-
-
-class Settings(NamedTuple):
-    """What decides the integers and how they are stored."""
-
-    method: str
-    format: str
-    bits: int
-    group_size: int  # -1: per channel
-    symmetric: bool
-    act_order: bool
-    damping: float
-
-
-class LinearNote(NamedTuple):
-    """What became of one linear; goes into the manifest."""
-
-    linear: str
-    relative_error: float  # |(W - Q) X|^2 / |W X|^2 over the calibration inputs
-    dead_inputs: int
-    damping: float  # 0 where the method needs none
-    awq_exponent: float | None  # alpha of the scale s = mean|x|^alpha; 0 means that no scaling was best
-
-
-class Inputs(NamedTuple):
-    """What a group of linears was seen to read."""
-
-    gram_II: Tensor  # mean of x x^T, float32
-    mean_abs_I: Tensor
 
 
 def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
@@ -74,34 +41,67 @@ def quantize_layers(
 ) -> list[LinearNote]:
     """Quantize every decoder layer; each is stored in `folder` as it is done, and found there after a kill.
 
-    What a layer reads is always computed from the stored layers before it, so a resumed run sees the same numbers as
-    one that was never stopped, and gives the same bytes.
+    Under torch.distributed every rank calls this with the same arguments: samples and rows are shared out, rank 0
+    stores the layers, and `folder` must be on a disk that all ranks see.
     """
     arch = checkpoint.arch
     folder.mkdir(parents=True, exist_ok=True)
-    notes: list[LinearNote] = []
+    own = folder / f"rank-{ranks.rank()}-of-{ranks.world_size()}"
+    own.mkdir(exist_ok=True)
     # Calibration inputs need no more than bfloat16: what rounds them is far below what 4 bits round away. Weights, Gram
     # matrices and residual stream stay float32.
     compute = hardware.compute_dtype(device)
     with torch.no_grad():
         rotary = decoder.rotation(checkpoint.config, tokens.input_ids_ST.shape[1], dtype=compute, device=device)
-        hidden_STC = checkpoint.outer()["model.embed_tokens.weight"][tokens.input_ids_ST]
-        for index in range(arch.num_layers):
+        begin, hidden = _start(checkpoint, ranks.share(tokens.input_ids_ST), settings, folder, own)
+        for index in range(begin, arch.num_layers):
             report("layer", index, arch.num_layers)
-            stored = layer_file(folder, index)
-            if not stored.exists():
-                weights = {name: tensor.to(device) for name, tensor in checkpoint.layer(index).items()}
-                layer = _Layer(weights, arch, settings, rotary, hidden_STC)
-                layer.quantize()
-                _store(stored, layer)
-            tensors, layer_notes = _load(stored, arch, settings)
-            notes += [note._replace(linear=layer_prefix(index) + note.linear) for note in layer_notes]
-            dense = {name: tensor.to(device, compute) for name, tensor in tensors.items()}
-            for begin in range(0, len(hidden_STC), _BATCH):
-                part = hidden_STC[begin : begin + _BATCH].to(device)
-                hidden_STC[begin : begin + _BATCH] = decoder.layer(dense, arch, part, rotary).cpu()
+            original = {name: tensor.to(device) for name, tensor in checkpoint.layer(index).items()}
+            layer = Layer(original, arch, settings, rotary, hidden, own)
+            layer.quantize()
+            behind = {name: states.make(own, index + 1, name, tensor.shape) for name, tensor in hidden.items()}
+            layer.outputs(layer.run, behind["quantized"])
+            if layer.reference is not None:
+                layer.outputs(layer.reference, behind["original"])
+            states.commit(own, index + 1)
+            ranks.barrier()
+            if ranks.rank() == 0:
+                _store(layer_file(folder, index), layer)
+            ranks.barrier()
+            states.drop_before(own, index + 1)
+            hidden = behind
     report("layer", arch.num_layers, arch.num_layers)
-    return notes
+    return [note for index in range(arch.num_layers) for note in _read_notes(folder, index)]
+
+
+def _start(
+    checkpoint: Checkpoint, input_ids_ST: Tensor, settings: Settings, folder: Path, own: Path
+) -> tuple[int, dict[str, Tensor]]:
+    """The first layer without a file, and the states before it.
+
+    Raises:
+        QuantkitError: layers were stored, and the states behind them are not there.
+    """
+    names = ("quantized", "original") if settings.drift_correction else ("quantized",)
+    shape = (*input_ids_ST.shape, checkpoint.arch.hidden_size)
+    done = 0
+    while layer_file(folder, done).exists():
+        done += 1
+    if done == checkpoint.arch.num_layers:
+        return done, {}
+    found = {name: states.find(own, done, name, shape) for name in names}
+    if all(tensor is not None for tensor in found.values()):
+        return done, {name: tensor for name, tensor in found.items() if tensor is not None}
+    if done:
+        raise QuantkitError(
+            f"{folder} holds {done} finished layers and no states to go on from (another number of processes, or files "
+            "that were deleted): start again with --fresh"
+        )
+    embedded_STC = checkpoint.outer()["model.embed_tokens.weight"][input_ids_ST]
+    hidden = {name: states.make(own, 0, name, shape) for name in names}
+    for tensor in hidden.values():
+        tensor.copy_(embedded_STC)
+    return 0, hidden
 
 
 def write_checkpoint(checkpoint: Checkpoint, settings: Settings, *, folder: Path, out: Path) -> None:
@@ -144,164 +144,9 @@ def half(tensor: Tensor, name: str) -> Tensor:
     return narrow
 
 
-class _Layer:
-    """One decoder layer while its linears are being quantized, and the calibration set passing through it."""
-
-    def __init__(
-        self, weights: dict[str, Tensor], arch: Architecture, settings: Settings, rotary: Rotation, hidden_STC: Tensor
-    ) -> None:
-        self.weights = weights  # dense float32; a linear's weight is replaced by its dequantized one
-        self.dtype = rotary[0].dtype
-        self.compute = {name: tensor.to(self.dtype) for name, tensor in weights.items()}  # the same, to run
-        self.arch = arch
-        self.settings = settings
-        self.rotary = rotary
-        self.hidden_STC = hidden_STC
-        self.device = rotary[0].device
-        self.quantized: dict[str, QuantizedWeight] = {}
-        self.notes: list[LinearNote] = []
-
-    def quantize(self) -> None:
-        """Go through the layer once, in the order of the forward pass."""
-        qkv, o, gate_up, down = INPUT_GROUPS
-        self._quantize_group(qkv, _observe(self._attention_inputs()), producer="input_layernorm")
-        contexts = list(self._contexts())
-        self._quantize_group(o, _observe(iter(contexts)), producer="self_attn.v_proj")
-        if self.settings.method == "awq":
-            contexts = list(self._contexts())  # v_proj took in o_proj's scale
-        middles = [
-            hidden + decoder.linear(self.compute, "self_attn.o_proj", context)
-            for hidden, context in zip(self._batches(), contexts, strict=True)
-        ]
-        del contexts
-        self._quantize_group(
-            gate_up,
-            _observe(decoder.mlp_input(self.compute, self.arch, middle) for middle in middles),
-            producer="post_attention_layernorm",
-        )
-        inner = (decoder.gated(self.compute, decoder.mlp_input(self.compute, self.arch, middle)) for middle in middles)
-        self._quantize_group(down, _observe(inner), producer="mlp.up_proj")
-
-    def _batches(self) -> Iterator[Tensor]:
-        for begin in range(0, len(self.hidden_STC), _BATCH):
-            yield self.hidden_STC[begin : begin + _BATCH].to(self.device)
-
-    def _attention_inputs(self) -> Iterator[Tensor]:
-        return (decoder.attention_input(self.compute, self.arch, hidden) for hidden in self._batches())
-
-    def _contexts(self) -> Iterator[Tensor]:
-        return (decoder.attention(self.compute, self.arch, x, self.rotary) for x in self._attention_inputs())
-
-    def _quantize_group(self, names: tuple[str, ...], inputs: Inputs, *, producer: str) -> None:
-        exponent, gram_II = None, inputs.gram_II
-        if self.settings.method == "awq":
-            scale_I, exponent = self._search(names, inputs)
-            self._fold(producer, scale_I)
-            for name in names:
-                self._set(f"{name}.weight", self.weights[f"{name}.weight"] * scale_I)
-            gram_II = gram_II / (scale_I[:, None] * scale_I)
-        # rows are independent of each other: stacked, the linears share one inverse of the Gram matrix
-        weight_OI = torch.cat([self.weights[f"{name}.weight"] for name in names])
-        quantized, damping = self._choose(weight_OI, gram_II)
-        dead, begin = int((gram_II.diagonal() == 0).sum()), 0
-        for name in names:
-            original_OI = self.weights[f"{name}.weight"]
-            rows = slice(begin, begin + len(original_OI))
-            self._keep(name, _rows(quantized, rows))
-            error = _energy(original_OI - self.weights[f"{name}.weight"], gram_II)
-            relative = float(error / _energy(original_OI, gram_II).clamp_min(1e-30))
-            self.notes.append(LinearNote(name, round(relative, 6), dead, damping, exponent))
-            begin = rows.stop
-
-    def _choose(self, weight_OI: Tensor, gram_II: Tensor) -> tuple[QuantizedWeight, float]:
-        """The method's integers for a weight, and the damping it took."""
-        settings, group_size = self.settings, self._group_size(weight_OI.shape[1])
-        if settings.method == "awq":
-            bits, symmetric = settings.bits, settings.symmetric
-            return awq(weight_OI, gram_II, bits=bits, group_size=group_size, symmetric=symmetric), 0.0
-        result = gptq(
-            weight_OI, gram_II, bits=settings.bits, group_size=group_size, symmetric=settings.symmetric,
-            act_order=settings.act_order, damping=settings.damping,
-        )  # fmt: skip
-        return result.quantized, result.damping
-
-    def _search(self, names: tuple[str, ...], inputs: Inputs) -> tuple[Tensor, float]:
-        settings, arch = self.settings, self.arch
-        tie = _tie_query_heads(arch) if names == ("self_attn.o_proj",) and arch.kv_group > 1 else None
-        found = search_scale(
-            [self.weights[f"{name}.weight"] for name in names], inputs.gram_II, inputs.mean_abs_I, bits=settings.bits,
-            group_size=self._group_size(len(inputs.gram_II)), symmetric=settings.symmetric, tie=tie,
-        )  # fmt: skip
-        return found.scale_I, found.exponent
-
-    def _fold(self, producer: str, scale_I: Tensor) -> None:
-        """Divide what the producer gives by the scale, so that the layer computes the same as before."""
-        if producer in self.quantized:
-            if producer == "self_attn.v_proj":  # one value head feeds a group of query heads, whose scales are tied
-                scale_I = scale_I.unflatten(0, (self.arch.num_kv_heads, self.arch.kv_group, -1))[:, 0].flatten()
-            integers_OI, grid = self.quantized[producer]
-            narrow_OG = (grid.scale_OG / scale_I[:, None]).to(torch.float16).float()  # as it will be stored
-            self._keep(producer, QuantizedWeight(integers_OI, grid._replace(scale_OG=narrow_OG)))
-            if (bias := self.weights.get(f"{producer}.bias")) is not None:
-                self._set(f"{producer}.bias", _narrow(bias / scale_I))
-        else:
-            self._set(f"{producer}.weight", _narrow(self.weights[f"{producer}.weight"] / scale_I))
-
-    def _group_size(self, in_features: int) -> int:
-        return self.settings.group_size if self.settings.group_size > 0 else in_features
-
-    def _keep(self, name: str, quantized: QuantizedWeight) -> None:
-        self.quantized[name] = quantized
-        self._set(f"{name}.weight", formats.dequantize(quantized))
-
-    def _set(self, name: str, tensor: Tensor) -> None:
-        self.weights[name] = tensor
-        self.compute[name] = tensor.to(self.dtype)
-
-
-def _observe(batches: Iterator[Tensor]) -> Inputs:
-    """Mean Gram matrix and mean magnitude of the inputs [B, T, I] of a group of linears."""
-    gram_II: Tensor | None = None
-    mean_abs_I: Tensor | None = None
-    count = 0
-    for batch in batches:
-        x_NI = batch.flatten(0, 1).float()
-        gram_II = x_NI.T @ x_NI if gram_II is None else gram_II.addmm_(x_NI.T, x_NI)
-        magnitude = x_NI.abs().sum(0)
-        mean_abs_I = magnitude if mean_abs_I is None else mean_abs_I + magnitude
-        count += len(x_NI)
-    assert gram_II is not None and mean_abs_I is not None
-    return Inputs(gram_II / count, mean_abs_I / count)
-
-
-def _rows(quantized: QuantizedWeight, rows: slice) -> QuantizedWeight:
-    integers_OI, grid = quantized
-    narrow = grid._replace(scale_OG=grid.scale_OG[rows], zero_point_OG=grid.zero_point_OG[rows])
-    return QuantizedWeight(integers_OI[rows], narrow)
-
-
-def _energy(weight_OI: Tensor, gram_II: Tensor) -> Tensor:
-    """tr(W H W^T): the mean squared output of a linear."""
-    return ((weight_OI @ gram_II) * weight_OI).sum()
-
-
-def _tie_query_heads(arch: Architecture) -> Any:
-    """One scale a value channel: the mean over the query heads that share its head, given to each of them."""
-
-    def tie(scale_I: Tensor) -> Tensor:
-        heads: Tensor = scale_I.unflatten(0, (arch.num_kv_heads, arch.kv_group, arch.head_dim))
-        return heads.mean(1, keepdim=True).expand_as(heads).flatten()
-
-    return tie
-
-
-def _narrow(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float16).float()
-
-
-def _store(path: Path, layer: _Layer) -> None:
+def _store(path: Path, layer: Layer) -> None:
     """Write a finished layer, packed, with its notes; whole or not at all."""
-    pack = formats.FORMATS[layer.settings.format].pack
+    pack = formats.by_name(layer.settings.format).pack
     tensors = {
         f"{linear}.{name}": tensor.cpu().contiguous()
         for linear, quantized in layer.quantized.items()
@@ -314,27 +159,16 @@ def _store(path: Path, layer: _Layer) -> None:
     save_tensors(path, dict(sorted(tensors.items())), metadata=notes)
 
 
-def _load(path: Path, arch: Architecture, settings: Settings) -> tuple[dict[str, Tensor], list[LinearNote]]:
-    """The dense weights of a stored layer, as any reader of the checkpoint will see them, and its notes."""
-    stored = load_file(path)
-    storage = formats.Storage(settings.format, settings.bits, settings.group_size, settings.symmetric)
-    dense = dense_layer(stored, arch, storage)
-    with safe_open(path, framework="pt") as handle:
-        return dense, _parse_notes(handle.metadata())
-
-
-def _parse_notes(metadata: Mapping[str, str]) -> list[LinearNote]:
+def _read_notes(folder: Path, index: int) -> list[LinearNote]:
+    """The notes of a stored layer, in the order of the forward pass."""
+    with safe_open(layer_file(folder, index), framework="pt") as handle:
+        metadata: Mapping[str, str] = handle.metadata()
     notes = []
-    for linear in linear_order(metadata):
+    for linear in (linear for group in INPUT_GROUPS for linear in group):
         error, dead, damping, exponent = metadata[linear].split(",")
         alpha = None if exponent == "None" else float(exponent)
-        notes.append(LinearNote(linear, float(error), int(dead), float(damping), alpha))
+        notes.append(LinearNote(layer_prefix(index) + linear, float(error), int(dead), float(damping), alpha))
     return notes
-
-
-def linear_order(names: Mapping[str, str]) -> list[str]:
-    """The linears of a layer in the order of the forward pass."""
-    return [linear for group in INPUT_GROUPS for linear in group if linear in names]
 
 
 def _on_cpu(quantized: QuantizedWeight) -> QuantizedWeight:

@@ -11,6 +11,7 @@ from quantkit.checkpoint import open_checkpoint
 from quantkit.draft.train import build_model
 from quantkit.progress import silent
 from quantkit.quantize import stream
+from quantkit.quantize.layer import Settings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -42,7 +43,7 @@ def test_vllm_computes_what_the_packed_weights_say(
     method, format, symmetric, group_size = _CASES[case]
     source = open_checkpoint(mild_llama)
     windows = tokens.tokenize([str(texts[0])], tokens.load_tokenizer(mild_llama), samples=6, length=64, seed=0)
-    settings = stream.Settings(method, format, 4, group_size, symmetric, act_order=True, damping=0.01)
+    settings = Settings(method, format, 4, group_size, symmetric, act_order=True, damping=0.01)
     out = tmp_path / "quantized"
     out.mkdir()
     stream.quantize_layers(source, windows, settings, folder=tmp_path / "layers", device="cpu", report=silent)

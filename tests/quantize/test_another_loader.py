@@ -11,6 +11,7 @@ from quantkit.architecture import layer_prefix, linear_shapes
 from quantkit.checkpoint import open_checkpoint
 from quantkit.progress import silent
 from quantkit.quantize import stream
+from quantkit.quantize.layer import Settings
 
 
 def _load(stored: dict[str, torch.Tensor], rows: int, columns: int, group_size: int) -> torch.Tensor:
@@ -29,7 +30,7 @@ def test_a_gptq_checkpoint_means_the_same_to_another_tool(
 ) -> None:
     source = open_checkpoint(tiny_llama)
     windows = tokens.tokenize([str(texts[0])], tokens.load_tokenizer(tiny_llama), samples=4, length=64, seed=0)
-    settings = stream.Settings("gptq", "gptq", 4, 32, symmetric=True, act_order=True, damping=0.01)
+    settings = Settings("gptq", "gptq", 4, 32, symmetric=True, act_order=True, damping=0.01)
     out = tmp_path / "out"
     out.mkdir()
     stream.quantize_layers(source, windows, settings, folder=tmp_path / "layers", device="cpu", report=silent)

@@ -12,9 +12,10 @@ from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.errors import QuantkitError
 from quantkit.progress import silent
 from quantkit.quantize import stream
+from quantkit.quantize.layer import Settings
 from quantkit.tokens import TokenSet
 
-SETTINGS = stream.Settings(
+SETTINGS = Settings(
     method="gptq", format="compressed-tensors", bits=4, group_size=32, symmetric=False, act_order=True, damping=0.01
 )
 
@@ -24,7 +25,7 @@ def windows(tiny_llama: Path, texts: tuple[Path, Path]) -> TokenSet:
     return tokens.tokenize([str(texts[0])], tokens.load_tokenizer(tiny_llama), samples=6, length=64, seed=0)
 
 
-def _quantize(checkpoint: Checkpoint, windows: TokenSet, settings: stream.Settings, out: Path) -> Checkpoint:
+def _quantize(checkpoint: Checkpoint, windows: TokenSet, settings: Settings, out: Path) -> Checkpoint:
     out.mkdir(exist_ok=True)
     stream.quantize_layers(checkpoint, windows, settings, folder=out / ".layers", device="cpu", report=silent)
     stream.write_checkpoint(checkpoint, settings, folder=out / ".layers", out=out)
@@ -39,7 +40,7 @@ def _logits(checkpoint: Checkpoint, windows: TokenSet) -> torch.Tensor:
     return logits.log_softmax(-1)
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq"])
 @pytest.mark.parametrize(
     ("format", "symmetric"),
     [("compressed-tensors", False), ("compressed-tensors", True), ("gptq", True), ("awq", False)],
@@ -76,12 +77,12 @@ def test_grouped_query_attention_takes_awq_scales(make_llama, windows: TokenSet,
     assert (original.exp() * (original - quantized)).sum(-1).mean() < 5e-3
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq"])
+@pytest.mark.parametrize("method", ["gptq", "awq", "awq+gptq"])
 def test_killed_after_any_layer_and_resumed_gives_the_same_bytes(
     method: str, tiny_llama: Path, windows: TokenSet, tmp_path: Path
 ) -> None:
     source = open_checkpoint(tiny_llama)
-    settings = SETTINGS._replace(method=method)
+    settings = SETTINGS._replace(method=method, drift_correction=0.5 if method == "awq+gptq" else 0.0)
     _quantize(source, windows, settings, tmp_path / "whole")
 
     class KilledError(Exception):

@@ -66,7 +66,11 @@ def quantize(job: dict[str, Any]) -> None:
         scheme=QuantizationScheme(bits=scheme["bits"], group_size=scheme["group_size"], sym=scheme["symmetric"]),
         seqlen=windows.shape[1], seed=job["seed"], device_map=job["device"], **job["options"],
     )  # fmt: skip
-    engine.quantize_and_save(str(out), format=f"auto_{packing(job)}")
+    _, folder = engine.quantize_and_save(str(out), format=f"auto_{packing(job)}")
+    if Path(folder) != out:  # the engine makes a folder in the folder that it is given, named after the model
+        for file in Path(folder).iterdir():
+            file.replace(out / file.name)
+        Path(folder).rmdir()
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)

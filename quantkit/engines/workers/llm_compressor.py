@@ -68,7 +68,10 @@ def quantize(job: dict[str, Any]) -> list[str]:
         num_bits=scheme["bits"], type="int", symmetric=scheme["symmetric"], strategy="group",
         group_size=scheme["group_size"],
     )  # fmt: skip
-    grid = {"config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)}, "ignore": ["lm_head"]}
+    grid = {
+        "config_groups": {"group_0": QuantizationScheme(targets=["Linear"], weights=weights)},
+        "ignore": ["lm_head"],
+    }
     recipes = {
         "gptq": lambda: [GPTQModifier(**grid, **options)],
         "awq": lambda: [AWQModifier(**options), QuantizationModifier(**grid)],
@@ -77,14 +80,19 @@ def quantize(job: dict[str, Any]) -> list[str]:
     recipe = recipes[job["method"]]()
 
     source, out = Path(job["checkpoint"]), Path(job["out"])
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16).to(job["device"])
+    # Most processors multiply float16 many times more slowly than float32.
+    dtype = torch.float32 if job["device"] == "cpu" else torch.float16
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(job["device"])
     # A loader of our own passes by the engine's tokenizing, shuffling and truncating: these windows in this order.
     windows = load_file(job["tokens"])["input_ids"]
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows]
     loader = DataLoader(batches, batch_size=None, shuffle=False)
-    oneshot(model=model, recipe=recipe, dataset=loader, num_calibration_samples=len(batches), pipeline="sequential")
+    # Its default pipeline, a pass over the model for each modifier, is what AWQ before GPTQ needs: in one pass for both,
+    # GPTQ would take its Hessians from the inputs as they were before AWQ scaled them.
+    oneshot(model=model, recipe=recipe, dataset=loader, num_calibration_samples=len(batches), pipeline="independent")
 
-    model.save_pretrained(out, save_compressed=True)
+    # Saving packs the integers: rounding to float16 moves a weight by far less than half a step of its grid.
+    model.to(torch.float16).save_pretrained(out, save_compressed=True)
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)

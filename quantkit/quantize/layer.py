@@ -1,0 +1,278 @@
+"""One decoder layer: its linears quantized in the order of the forward pass, on what really reaches them.
+
+Each group of linears that share an input is quantized on the inputs that the groups before it, already quantized, give
+it. With drift correction the original layer runs beside it, on the original model's hidden states, to say what the
+outputs ought to be.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from quantkit import decoder, formats
+from quantkit.architecture import INPUT_GROUPS, Architecture
+from quantkit.decoder import Rotation
+from quantkit.formats import Grid, QuantizedWeight
+from quantkit.quantize import ranks, states
+from quantkit.quantize.awq import awq, search_scale
+from quantkit.quantize.drift import target_weight
+from quantkit.quantize.gptq import gptq
+
+_BATCH = 4  # samples a forward pass
+
+
+class Settings(NamedTuple):
+    """What decides the integers and how they are stored."""
+
+    method: str  # gptq, awq, or awq+gptq: AWQ's scales, then GPTQ's integers
+    format: str
+    bits: int
+    group_size: int  # -1: per channel
+    symmetric: bool
+    act_order: bool
+    damping: float
+    drift_correction: float = 0.0  # share of the drift so far that a linear makes up for
+
+
+class LinearNote(NamedTuple):
+    """What became of one linear; goes into the manifest."""
+
+    linear: str
+    relative_error: float  # |(W' - Q) X|^2 / |W' X|^2 over the calibration inputs, W' what was to be rounded
+    dead_inputs: int
+    damping: float  # 0 where the method needs none
+    awq_exponent: float | None  # alpha of the scale s = mean|x|^alpha; 0 means that no scaling was best
+
+
+class Run:
+    """A forward pass through the layer, in pieces: its weights, and what stands between the linears."""
+
+    def __init__(self, weights: dict[str, Tensor], hidden_STC: Tensor) -> None:
+        self.weights = weights
+        self.hidden_STC = hidden_STC
+        self.context_STD: Tensor | None = None  # what o_proj reads
+        self.middle_STC: Tensor | None = None  # the residual stream between attention and MLP
+
+
+class _Inputs(NamedTuple):
+    """What a group of linears was seen to read, as means over all tokens of all ranks; see `target_weight`."""
+
+    gram_II: Tensor
+    mean_abs_I: Tensor
+    cross_II: Tensor | None
+    residual_CI: Tensor | None
+
+
+class Layer:
+    """A decoder layer while it is quantized. `quantize` once, `outputs` after it."""
+
+    def __init__(
+        self, original: dict[str, Tensor], arch: Architecture, settings: Settings, rotary: Rotation,
+        hidden: dict[str, Tensor], folder: Path,
+    ) -> None:  # fmt: skip
+        """Begin a layer.
+
+        original: its dense tensors, float32. hidden: the states before it, float32 [samples, length, C], of the
+        "quantized" model and, for drift correction, of the "original". folder: for what stands between the linears.
+        """
+        self.arch = arch
+        self.settings = settings
+        self.rotary = rotary
+        self.device = rotary[0].device
+        self.dtype = rotary[0].dtype
+        self.folder = folder
+        self.weights = dict(original)  # float32; a linear's weight is replaced by its dequantized one
+        self.quantized: dict[str, QuantizedWeight] = {}
+        self.notes: list[LinearNote] = []
+        compute = {name: tensor.to(self.dtype) for name, tensor in original.items()}
+        self.run = Run(compute, hidden["quantized"])
+        self.reference = Run(dict(compute), hidden["original"]) if "original" in hidden else None
+
+    def quantize(self) -> None:
+        """Go through the layer once."""
+        qkv, o, gate_up, down = INPUT_GROUPS
+        arch = self.arch
+        self._quantize_group(
+            qkv, lambda run, part: decoder.attention_input(run.weights, arch, self._part(run.hidden_STC, part)),
+            producer="input_layernorm",
+        )  # fmt: skip
+        self._attend(self.reference)
+        self._attend(self.run)
+        self._quantize_group(
+            o, lambda run, part: self._part(run.context_STD, part), producer="self_attn.v_proj",
+            residual=lambda run, part: self._part(run.hidden_STC, part),
+        )  # fmt: skip
+        if self.settings.method != "gptq":
+            self._attend(self.run)  # v_proj took in o_proj's scale
+        self._add_attention(self.reference)
+        self._add_attention(self.run)
+        self._quantize_group(
+            gate_up, lambda run, part: decoder.mlp_input(run.weights, arch, self._part(run.middle_STC, part)),
+            producer="post_attention_layernorm",
+        )  # fmt: skip
+        self._quantize_group(
+            down, self._gated, producer="mlp.up_proj", residual=lambda run, part: self._part(run.middle_STC, part)
+        )
+
+    def outputs(self, run: Run, out_STC: Tensor) -> None:
+        """Write the states after the layer; they may stand where those before it stood."""
+        for part in self._parts():
+            inner = self._gated(run, part)
+            middle = self._part(run.middle_STC, part)
+            out_STC[part] = (middle + decoder.linear(run.weights, "mlp.down_proj", inner)).cpu()
+
+    def _parts(self) -> Iterator[slice]:
+        samples = len(self.run.hidden_STC)
+        return (slice(begin, min(begin + _BATCH, samples)) for begin in range(0, samples, _BATCH))
+
+    def _part(self, states_STx: Tensor | None, part: slice) -> Tensor:
+        assert states_STx is not None
+        return states_STx[part].to(self.device)
+
+    def _gated(self, run: Run, part: slice) -> Tensor:
+        return decoder.gated(run.weights, decoder.mlp_input(run.weights, self.arch, self._part(run.middle_STC, part)))
+
+    def _attend(self, run: Run | None) -> None:
+        if run is None:
+            return
+        if run.context_STD is None:
+            width = self.arch.num_heads * self.arch.head_dim
+            run.context_STD = self._scratch(run, "context", width, self.dtype)
+        for part in self._parts():
+            x_BTC = decoder.attention_input(run.weights, self.arch, self._part(run.hidden_STC, part))
+            run.context_STD[part] = decoder.attention(run.weights, self.arch, x_BTC, self.rotary).cpu()
+
+    def _add_attention(self, run: Run | None) -> None:
+        if run is None:
+            return
+        run.middle_STC = self._scratch(run, "middle", self.arch.hidden_size, torch.float32)
+        for part in self._parts():
+            added = decoder.linear(run.weights, "self_attn.o_proj", self._part(run.context_STD, part))
+            run.middle_STC[part] = (self._part(run.hidden_STC, part) + added).cpu()
+
+    def _scratch(self, run: Run, name: str, width: int, dtype: torch.dtype) -> Tensor:
+        which = "quantized" if run is self.run else "original"
+        return states.scratch(self.folder, f"{which}-{name}", (*run.hidden_STC.shape[:2], width), dtype)
+
+    def _quantize_group(
+        self, names: tuple[str, ...], read: Callable[[Run, slice], Tensor], *, producer: str,
+        residual: Callable[[Run, slice], Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        inputs = self._observe(read, residual)
+        # Rows are independent of each other: stacked, the linears share one inverse of the Gram matrix.
+        weight_OI = torch.cat([self.weights[f"{name}.weight"] for name in names])
+        gram_II, exponent = inputs.gram_II, None
+        if inputs.cross_II is not None:
+            weight_OI = target_weight(
+                weight_OI, gram_II, inputs.cross_II, inputs.residual_CI, strength=self.settings.drift_correction
+            )
+        if self.settings.method != "gptq":
+            scale_I, exponent = self._search(names, weight_OI, inputs)
+            self._fold(producer, scale_I)
+            weight_OI = weight_OI * scale_I
+            gram_II = gram_II / (scale_I[:, None] * scale_I)
+        quantized, damping = ranks.by_rows(lambda rows_OI: self._choose(rows_OI, gram_II), weight_OI)
+        dead, begin = int((gram_II.diagonal() == 0).sum()), 0
+        for name in names:
+            rows = slice(begin, begin + len(self.weights[f"{name}.weight"]))
+            self._keep(name, _rows(quantized, rows))
+            error = _energy(weight_OI[rows] - self.weights[f"{name}.weight"], gram_II)
+            relative = float(error / _energy(weight_OI[rows], gram_II).clamp_min(1e-30))
+            self.notes.append(LinearNote(name, round(relative, 6), dead, damping, exponent))
+            begin = rows.stop
+
+    def _observe(
+        self, read: Callable[[Run, slice], Tensor], residual: Callable[[Run, slice], Tensor] | None
+    ) -> _Inputs:
+        sums: dict[str, Tensor] = {}
+
+        def add(name: str, left_NJ: Tensor, right_NI: Tensor) -> None:
+            if name in sums:
+                sums[name].addmm_(left_NJ.T, right_NI)
+            else:
+                sums[name] = left_NJ.T @ right_NI
+
+        for part in self._parts():
+            x_NI = read(self.run, part).flatten(0, 1).float()
+            add("gram", x_NI, x_NI)
+            sums["abs"] = sums.get("abs", 0) + x_NI.abs().sum(0)
+            if self.reference is not None:
+                add("cross", read(self.reference, part).flatten(0, 1).float() - x_NI, x_NI)
+                if residual is not None:
+                    add("residual", (residual(self.reference, part) - residual(self.run, part)).flatten(0, 1), x_NI)
+        count = ranks.sum_up(sums, self.run.hidden_STC.shape[0] * self.run.hidden_STC.shape[1])
+        means = {name: tensor / count for name, tensor in sums.items()}
+        return _Inputs(means["gram"], means["abs"], means.get("cross"), means.get("residual"))
+
+    def _choose(self, weight_OI: Tensor, gram_II: Tensor) -> tuple[QuantizedWeight, float]:
+        """The method's integers for some rows, and the damping it took."""
+        settings, group_size = self.settings, self._group_size(weight_OI.shape[1])
+        if settings.method == "awq":
+            bits, symmetric = settings.bits, settings.symmetric
+            return awq(weight_OI, gram_II, bits=bits, group_size=group_size, symmetric=symmetric), 0.0
+        result = gptq(
+            weight_OI, gram_II, bits=settings.bits, group_size=group_size, symmetric=settings.symmetric,
+            act_order=settings.act_order, damping=settings.damping,
+        )  # fmt: skip
+        return result.quantized, result.damping
+
+    def _search(self, names: tuple[str, ...], weight_OI: Tensor, inputs: _Inputs) -> tuple[Tensor, float]:
+        settings, arch = self.settings, self.arch
+        tie = _tie_query_heads(arch) if names == ("self_attn.o_proj",) and arch.kv_group > 1 else None
+        found = search_scale(
+            [weight_OI], inputs.gram_II, inputs.mean_abs_I, bits=settings.bits,
+            group_size=self._group_size(len(inputs.gram_II)), symmetric=settings.symmetric, tie=tie,
+        )  # fmt: skip
+        return found.scale_I, found.exponent
+
+    def _fold(self, producer: str, scale_I: Tensor) -> None:
+        """Divide what the producer gives by the scale, so that the layer computes the same as before."""
+        if producer in self.quantized:
+            if producer == "self_attn.v_proj":  # one value head feeds a group of query heads, whose scales are tied
+                scale_I = scale_I.unflatten(0, (self.arch.num_kv_heads, self.arch.kv_group, -1))[:, 0].flatten()
+            integers_OI, grid = self.quantized[producer]
+            narrow_OG = (grid.scale_OG / scale_I[:, None]).to(torch.float16).float()  # as it will be stored
+            self._keep(producer, QuantizedWeight(integers_OI, grid._replace(scale_OG=narrow_OG)))
+            if (bias := self.weights.get(f"{producer}.bias")) is not None:
+                self._set(f"{producer}.bias", _narrow(bias / scale_I))
+        else:
+            self._set(f"{producer}.weight", _narrow(self.weights[f"{producer}.weight"] / scale_I))
+
+    def _group_size(self, in_features: int) -> int:
+        return self.settings.group_size if self.settings.group_size > 0 else in_features
+
+    def _keep(self, name: str, quantized: QuantizedWeight) -> None:
+        self.quantized[name] = quantized
+        self._set(f"{name}.weight", formats.dequantize(quantized))
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        self.weights[name] = tensor
+        self.run.weights[name] = tensor.to(self.dtype)
+
+
+def _rows(quantized: QuantizedWeight, rows: slice) -> QuantizedWeight:
+    integers_OI, grid = quantized
+    narrow = Grid(grid.scale_OG[rows], grid.zero_point_OG[rows], grid.bits, grid.group_size, grid.symmetric)
+    return QuantizedWeight(integers_OI[rows], narrow)
+
+
+def _energy(weight_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """tr(W H W^T): the mean squared output of a linear."""
+    return ((weight_OI @ gram_II) * weight_OI).sum()
+
+
+def _tie_query_heads(arch: Architecture) -> Callable[[Tensor], Tensor]:
+    """One scale a value channel: the mean over the query heads that share its head, given to each of them."""
+
+    def tie(scale_I: Tensor) -> Tensor:
+        heads: Tensor = scale_I.unflatten(0, (arch.num_kv_heads, arch.kv_group, arch.head_dim))
+        return heads.mean(1, keepdim=True).expand_as(heads).flatten()
+
+    return tie
+
+
+def _narrow(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float16).float()

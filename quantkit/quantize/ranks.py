@@ -1,0 +1,73 @@
+"""Which part of the work is this process's, under `torchrun --nproc-per-node N`; all of it without.
+
+Calibration samples are split over the ranks and what was summed over them is added up; the rows of a weight, which do
+not touch each other, are split over the ranks and what was chosen for them is handed round.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from quantkit.formats import Grid, QuantizedWeight
+
+
+def rank() -> int:
+    """This process's number; 0 is the one that writes."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes share the work."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def share(samples: Tensor) -> Tensor:
+    """This rank's samples: every N-th one."""
+    return samples[rank() :: world_size()].contiguous()
+
+
+def sum_up(sums: dict[str, Tensor], count: int) -> int:
+    """Add up, in place, what the ranks summed over their samples; returns the added-up count."""
+    if world_size() == 1:
+        return count
+    for name in sorted(sums):
+        dist.all_reduce(sums[name])
+    total = torch.tensor(count, device=next(iter(sums.values())).device)
+    dist.all_reduce(total)
+    return int(total)
+
+
+def by_rows(
+    choose: Callable[[Tensor], tuple[QuantizedWeight, float]], weight_OI: Tensor
+) -> tuple[QuantizedWeight, float]:
+    """`choose` for each rank's rows of the weight, and the whole result on every rank."""
+    ranks = world_size()
+    if ranks == 1:
+        return choose(weight_OI)
+    chunks = torch.tensor_split(weight_OI, ranks)
+    own, number = choose(chunks[rank()])
+    parts = []
+    for source, rows_OI in enumerate(chunks):
+        groups = own.grid.scale_OG.shape[1]
+        mine = source == rank()
+        made = (own.integers_OI, own.grid.scale_OG, own.grid.zero_point_OG)
+        empty = (
+            torch.empty(rows_OI.shape, dtype=torch.uint8, device=weight_OI.device),
+            torch.empty(len(rows_OI), groups, device=weight_OI.device),
+            torch.empty(len(rows_OI), groups, dtype=torch.int32, device=weight_OI.device),
+        )
+        received = tuple(tensor.contiguous() for tensor in (made if mine else empty))
+        for tensor in received:
+            dist.broadcast(tensor, src=source)
+        parts.append(received)
+    integers_OI, scale_OG, zero_point_OG = (torch.cat(column) for column in zip(*parts, strict=True))
+    grid: Grid = own.grid._replace(scale_OG=scale_OG, zero_point_OG=zero_point_OG)
+    return QuantizedWeight(integers_OI, grid), number
