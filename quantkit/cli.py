@@ -131,8 +131,10 @@ def quantize(
     Example:
       quantkit quantize Llama-3.1-8B-Instruct --out llama-w4 --calibration chats.jsonl
       quantkit quantize llama --out llama-awq --method awq --format awq --calibration prose.txt
+      torchrun --nproc-per-node 4 --no-python quantkit quantize llama --out w4 --calibration c.jsonl --device cuda
     """
     from quantkit import recipe, stages
+    from quantkit.quantize import ranks, stream
 
     settings = recipe.check(
         recipe.Quantize,
@@ -140,8 +142,15 @@ def quantize(
         where="quantize",
     )
     windows = recipe.TextWindows(text=text, samples=samples, length=length)
-    stage = stages.quantize(checkpoint, calibration=windows, settings=settings, seed=seed, device=device)
-    stages.run_stage(stage, out, display=_display(), replace=fresh)
+    with ranks.joined(device) as own_device:
+        if ranks.rank() > 0:
+            stream.follow(device=own_device)
+            return
+        with ranks.leading() as hand_out:
+            stage = stages.quantize(
+                checkpoint, calibration=windows, settings=settings, seed=seed, device=own_device, hand_out=hand_out
+            )
+            stages.run_stage(stage, out, display=_display(), replace=fresh)
     click.echo(str(out))
 
 

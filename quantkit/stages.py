@@ -61,9 +61,10 @@ def import_checkpoint(gguf: Path) -> Stage:
 
 
 def quantize(
-    checkpoint: Path, *, calibration: TextWindows, settings: Quantize, seed: int, device: str = "cpu"
-) -> Stage:
-    """FP16 checkpoint -> 4-bit checkpoint that vLLM loads."""
+    checkpoint: Path, *, calibration: TextWindows, settings: Quantize, seed: int, device: str = "cpu",
+    hand_out: Callable[[object], None] = lambda order: None,
+) -> Stage:  # fmt: skip
+    """FP16 checkpoint -> 4-bit checkpoint that vLLM loads. `hand_out` tells other processes to help."""
 
     def make(work: Work, report: Report) -> None:
         from quantkit import checkpoint as checkpoints
@@ -80,6 +81,7 @@ def quantize(
         )  # fmt: skip
         checkpoints.check_finite(source, lambda done, total: report("checking the weights, tensor", done, total))
         layers = work.partial / "layers"
+        hand_out(stream.Order(source.path, windows, plan, layers))
         notes = stream.quantize_layers(source, windows, plan, folder=layers, device=device, report=report)
         report("writing", 0, 0)
         stream.write_checkpoint(source, plan, folder=layers, out=work.out)

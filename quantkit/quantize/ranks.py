@@ -4,13 +4,53 @@ Calibration samples are split over the ranks and what was summed over them is ad
 not touch each other, are split over the ranks and what was chosen for them is handed round.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from quantkit.formats import Grid, QuantizedWeight
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Join the processes that torchrun started; yields this one's device. Without torchrun: the device, alone."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield device
+        return
+    own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
+    dist.init_process_group("gloo" if own == "cpu" else "nccl")
+    try:
+        yield own
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def leading() -> Iterator[Callable[[object], None]]:
+    """On rank 0: yields what tells the other ranks their work; leaving without having told them sends them home."""
+    told: list[object] = []
+
+    def hand_out(work: object) -> None:
+        told.append(work)
+        if world_size() > 1:
+            dist.broadcast_object_list([work], src=0)
+
+    try:
+        yield hand_out
+    finally:
+        if not told:
+            hand_out(None)
+
+
+def receive() -> object:
+    """On the other ranks: what rank 0 handed out, or None."""
+    work: list[object] = [None]
+    dist.broadcast_object_list(work, src=0)
+    return work[0]
 
 
 def rank() -> int:

@@ -7,6 +7,7 @@ the first layer without a file, from the very states that the layer before it le
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from quantkit import artifacts, decoder, formats, hardware, quantization_config, vllm_support
 from quantkit.architecture import INPUT_GROUPS, layer_prefix, linear_shapes
-from quantkit.checkpoint import Checkpoint, copy_companions, save_tensors, write_weights
+from quantkit.checkpoint import Checkpoint, copy_companions, open_checkpoint, save_tensors, write_weights
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight
-from quantkit.progress import Report
+from quantkit.progress import Report, silent
 from quantkit.quantize import ranks, states
 from quantkit.quantize.layer import Layer, LinearNote, Settings
 from quantkit.tokens import TokenSet
@@ -72,6 +73,23 @@ def quantize_layers(
             hidden = behind
     report("layer", arch.num_layers, arch.num_layers)
     return [note for index in range(arch.num_layers) for note in _read_notes(folder, index)]
+
+
+class Order(NamedTuple):
+    """What rank 0 hands to the others: the arguments of `quantize_layers`."""
+
+    checkpoint: Path
+    tokens: TokenSet
+    settings: Settings
+    folder: Path
+
+
+def follow(*, device: str) -> None:
+    """On the other ranks: take part in what rank 0 quantizes, if it finds anything to do."""
+    order = ranks.receive()
+    if isinstance(order, Order):
+        checkpoint = open_checkpoint(order.checkpoint)
+        quantize_layers(checkpoint, order.tokens, order.settings, folder=order.folder, device=device, report=silent)
 
 
 def _start(

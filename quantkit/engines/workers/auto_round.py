@@ -51,7 +51,7 @@ def quantize(job: dict[str, Any]) -> None:
     import torch
     from auto_round import AutoRound
     from auto_round.schemes import QuantizationScheme
-    from safetensors.torch import load_file
+    from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
     assert job["method"] == "auto-round", job["method"]
@@ -71,6 +71,11 @@ def quantize(job: dict[str, Any]) -> None:
         for file in Path(folder).iterdir():
             file.replace(out / file.name)
         Path(folder).rmdir()
+    # On a processor without bfloat16 it computes in float32, and leaves what it does not quantize so.
+    for shard in out.glob("*.safetensors"):
+        tensors = load_file(shard)
+        narrow = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in tensors.items()}
+        save_file(narrow, shard, metadata={"format": "pt"})
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)

@@ -1,0 +1,115 @@
+"""AutoGPTQ's GPTQ as one process: `python -I autogptq.py JOB_DIR`, job.json in, result.json out."""
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+              "chat_template*", "generation_config.json")  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    """Run the job in `folder`; result.json appears only when the checkpoint is whole."""
+    started = time.monotonic()
+    job = json.loads((folder / "job.json").read_bytes())
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+    import auto_gptq  # noqa: F401 (imported here to be counted as an import)
+
+    import_cpu_s = cpu_seconds()
+    notes = quantize(job)
+    cpu_s = cpu_seconds()
+    result = {
+        "engine": "autogptq", "version": version("auto-gptq"), "method": job["method"], "format": "gptq",
+        "cpu_s": cpu_s, "import_cpu_s": import_cpu_s, "quantize_cpu_s": cpu_s - import_cpu_s,
+        "wall_s": time.monotonic() - started,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "notes": notes,
+    }  # fmt: skip
+    temporary = folder / ".result.json.tmp"
+    temporary.write_text(json.dumps(result, indent=2))
+    temporary.replace(folder / "result.json")
+
+
+def cpu_seconds() -> float:
+    """User and system seconds of this process and of the children it has waited for, since it started."""
+    both = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+def older_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 reads of a config.json of transformers 5; without it every rope_theta would be 10000."""
+    rope = dict(config.get("rope_parameters") or {})
+    if not rope:
+        return config
+    theta = rope.pop("rope_theta")
+    return config | {"rope_theta": theta, "rope_scaling": rope if rope.get("rope_type") != "default" else None}
+
+
+def quantize(job: dict[str, Any]) -> list[str]:
+    """Write the quantized checkpoint; returns what was patched."""
+    import torch
+    from auto_gptq import BaseQuantizeConfig
+    from auto_gptq.modeling import _base
+    from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    assert job["method"] == "gptq", job["method"]
+    torch.set_num_threads(job["threads"])
+    set_seed(job["seed"])
+    scheme, source, out = job["scheme"], Path(job["checkpoint"]), Path(job["out"])
+    notes = []
+    if job["device"] == "cpu":
+        # It moves each layer to a constant device and waits for it, also where there is no such device.
+        _base.CUDA_0 = torch.device("cpu")
+        torch.cuda.synchronize = lambda device=None: None
+        notes.append("ran on the CPU: its device constant is replaced, and its wait for the GPU left out")
+
+    config = json.loads((source / "config.json").read_bytes())
+    # Its own loader insists on CUDA. On a CPU, float32 is many times faster than float16 on most processors.
+    dtype = torch.float32 if job["device"] == "cpu" else torch.float16
+    model = AutoModelForCausalLM.from_pretrained(
+        source, config=AutoConfig.for_model(**older_config(config)), torch_dtype=dtype
+    ).to(job["device"])  # fmt: skip
+    settings = BaseQuantizeConfig(
+        bits=scheme["bits"], group_size=scheme["group_size"], sym=scheme["symmetric"],
+        # off by default here: no reader of the result takes groups out of order
+        **({"desc_act": False} | job["options"]),
+    )  # fmt: skip
+    engine = GPTQ_CAUSAL_LM_MODEL_MAP[config["model_type"]](model, False, settings)
+    pack_model = _base.pack_model
+
+    def checked_pack_model(**arguments: Any) -> None:
+        # It stores zero_point - 1, and of a zero point 0 the borrow would spoil the neighbours in the same int32.
+        if any(bool((zero_point <= 0).any()) for _, _, zero_point, _ in arguments["quantizers"].values()):
+            raise ValueError("a zero point is 0, which AutoGPTQ can not store: quantize with a symmetric scheme")
+        pack_model(**arguments)
+
+    _base.pack_model = checked_pack_model
+    windows = load_file(job["tokens"])["input_ids"]
+    engine.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows], batch_size=1)
+
+    # Its own way to save stores a tied head a second time, and writes the config in the manner of transformers 4.
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor for name, tensor in model.state_dict().items()
+               if not (name == "lm_head.weight" and config.get("tie_word_embeddings"))}  # fmt: skip
+    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    whole = {name: tensor.cpu().contiguous() for name, tensor in halves.items()}
+    save_file(whole, out / "model.safetensors", metadata={"format": "pt"})
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, out / file.name)
+    # with static groups, act order leaves every input in the group of its place
+    stored = {key: value for key, value in settings.to_dict().items() if not key.startswith("model_")}
+    stored |= {"checkpoint_format": "gptq", "desc_act": settings.desc_act and not settings.static_groups}
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": stored}, indent=2))
+    return notes
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
