@@ -106,7 +106,14 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 @main.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @_out
-@click.option("--method", type=click.Choice(["gptq", "awq"]), default="gptq", show_default=True)
+@click.option(
+    "--effort",
+    type=click.Choice(["fast", "default"]),
+    default="default",
+    show_default=True,
+    help="fast: GPTQ. default: AWQ's scales, GPTQ's integers, drift correction.",
+)
+@click.option("--method", type=click.Choice(["gptq", "awq", "awq+gptq"]), help="Instead of the effort's.")
 @click.option(
     "--format", "format_", type=click.Choice(["compressed-tensors", "gptq", "awq"]), default="compressed-tensors",
     show_default=True,
@@ -114,7 +121,13 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 @click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
 @click.option("--group-size", type=int, default=128, show_default=True, help="-1: per channel.")
 @click.option("--symmetric/--asymmetric", default=False, show_default=True)
-@click.option("--calibration", "text", multiple=True, required=True, help="Text source; may be repeated.")
+@click.option(
+    "--calibration",
+    "text",
+    multiple=True,
+    required=True,
+    help="Text source, or self:N: chats that CHECKPOINT writes. May be repeated.",
+)
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--length", type=click.IntRange(16), default=2048, show_default=True, help="Tokens a sample.")
 @_device
@@ -122,14 +135,14 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 @_fresh
 @_friendly
 def quantize(
-    checkpoint: Path, out: Path, method: str, format_: str, bits: str, group_size: int, symmetric: bool,
-    text: tuple[str, ...], samples: int, length: int, device: str, seed: int, fresh: bool,
+    checkpoint: Path, out: Path, effort: str, method: str | None, format_: str, bits: str, group_size: int,
+    symmetric: bool, text: tuple[str, ...], samples: int, length: int, device: str, seed: int, fresh: bool,
 ) -> None:  # fmt: skip
     """4-bit weights for CHECKPOINT, stored so that vLLM loads them.
 
     \b
     Example:
-      quantkit quantize Llama-3.1-8B-Instruct --out llama-w4 --calibration chats.jsonl
+      quantkit quantize Llama-3.1-8B-Instruct --out llama-w4 --calibration prose.txt --calibration self:200
       quantkit quantize llama --out llama-awq --method awq --format awq --calibration prose.txt
       torchrun --nproc-per-node 4 --no-python quantkit quantize llama --out w4 --calibration c.jsonl --device cuda
     """
@@ -138,7 +151,14 @@ def quantize(
 
     settings = recipe.check(
         recipe.Quantize,
-        {"method": method, "format": format_, "bits": int(bits), "group_size": group_size, "symmetric": symmetric},
+        {
+            "effort": effort,
+            "method": method,
+            "format": format_,
+            "bits": int(bits),
+            "group_size": group_size,
+            "symmetric": symmetric,
+        },
         where="quantize",
     )
     windows = recipe.TextWindows(text=text, samples=samples, length=length)

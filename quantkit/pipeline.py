@@ -85,7 +85,7 @@ def _preflight(recipe: Recipe, out: Path) -> None:
         lambda: gguf.find_gguf(recipe.model) if gguf.is_gguf(recipe.model) else _directory(recipe.model),
         lambda: text.refuse_shared_text(recipe.calibration.text, recipe.evaluate.text),
         lambda: text.describe([recipe.draft.prompts]),
-        lambda: text.self_prompts(recipe.draft.prompts),
+        lambda: [text.self_prompts(source) for source in (recipe.draft.prompts, *recipe.calibration.text)],
         lambda: _directory(recipe.draft.init) if recipe.draft.init else None,
     ]
     for check in checks:

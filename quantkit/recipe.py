@@ -19,7 +19,7 @@ from pydantic import (
 
 from quantkit.errors import QuantkitError, raise_all
 
-Method = Literal["gptq", "awq"]
+Method = Literal["gptq", "awq", "awq+gptq"]
 ModelT = TypeVar("ModelT", bound=BaseModel)
 FormatName = Literal["compressed-tensors", "gptq", "awq"]
 
@@ -52,9 +52,11 @@ class TextWindows(Section):
 
 
 class Quantize(Section):
-    """4-bit weights: the method chooses the integers, the format stores them."""
+    """4-bit weights: effort and method choose the integers, the format stores them."""
 
-    method: Method = "gptq"
+    effort: Literal["fast", "default"] = "default"
+    method: Method | None = None  # the effort's
+    drift_correction: Annotated[float, Field(ge=0, le=1)] | None = None  # the effort's
     format: FormatName = "compressed-tensors"
     bits: Literal[4, 8] = 4
     group_size: int = 128  # -1: one group a row

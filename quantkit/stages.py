@@ -1,6 +1,6 @@
 """What flows: each stage as a function from directories to a directory, with what its manifest will say."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,11 +73,12 @@ def quantize(
         from quantkit.quantize.layer import Settings
 
         source = checkpoints.open_checkpoint(checkpoint, quantized=False)
-        plan = Settings(**settings.model_dump())
+        plan = Settings.of(**settings.model_dump())
         stream.check_settings(source, plan)
         windows = tokens.tokenize(
             calibration.text, tokens.load_tokenizer(checkpoint), samples=calibration.samples,
             length=calibration.length, seed=seed,
+            written=_written(calibration, checkpoint, seed=seed, folder=work.partial, report=report),
         )  # fmt: skip
         checkpoints.check_finite(source, lambda done, total: report("checking the weights, tensor", done, total))
         layers = work.partial / "layers"
@@ -92,6 +93,8 @@ def quantize(
             "weights_bytes": sum(file.stat().st_size for file in work.out.glob("*.safetensors")),
             "source_weights_bytes": sum(file.stat().st_size for file in set(source.shards.values())),
             "device": device,
+            "method": plan.method,
+            "drift_correction": plan.drift_correction,
             "linears": [note._asdict() for note in notes],
         }
 
@@ -175,6 +178,25 @@ def serve_once(bundle_dir: Path) -> Stage:
 
 def _windows(settings: TextWindows) -> dict[str, Any]:
     return {"text": text.describe(settings.text), "samples": settings.samples, "length": settings.length}
+
+
+def _written(
+    calibration: TextWindows, checkpoint: Path, *, seed: int, folder: Path, report: Report
+) -> dict[str, Sequence[text.Document]]:
+    """The chats that the model writes for the calibration sources `self:N`."""
+    found: dict[str, Sequence[text.Document]] = {}
+    for source in calibration.text:
+        count = text.self_prompts(source)
+        if count is not None:
+            from quantkit import conversations
+            from quantkit.offline import Session
+
+            with Session() as session:
+                found[source] = conversations.chats(
+                    session, checkpoint, count, prompt_tokens=128, answer_tokens=256, temperature=1.0, seed=seed,
+                    folder=folder, report=report,
+                )  # fmt: skip
+    return found
 
 
 def _calibration_of(candidate: Path) -> list[str]:

@@ -5,7 +5,7 @@ file.jsonl                     a line a document: {"text": ...}, {"prompt": ...}
 file.txt, file.md              one document
 folder/                        its .txt, .md and .jsonl files, sorted by name
 package:NAME/PATH              a file or folder that an installed Python package ships
-self:N                         N prompts that the target writes itself (drafts only)
+self:N                         N prompts that the model writes itself; to calibrate, with its answers
 """
 
 import importlib.util
@@ -91,7 +91,9 @@ def refuse_shared_text(calibration: Sequence[str], held_out: Sequence[str]) -> N
 def documents(source: str) -> Iterator[Document]:
     """The documents of a source, in a fixed order."""
     if self_prompts(source) is not None:
-        raise QuantkitError(f"text source {source!r}: prompts that the target writes are for train-draft only")
+        raise QuantkitError(
+            f"text source {source!r}: what a model writes itself is for calibration and for drafts, not to judge it by"
+        )
     if source.startswith("hf:"):
         yield from _hub_documents(source)
     for file in resolve(source):

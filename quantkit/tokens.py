@@ -1,6 +1,6 @@
 """Documents -> token set: windows of equal length, chat templates applied, BOS as the tokenizer wants it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,11 +43,15 @@ def load_tokenizer(checkpoint: Path) -> Any:
         raise QuantkitError(f"{checkpoint} has no usable tokenizer ({str(error).splitlines()[0]})") from error
 
 
-def tokenize(sources: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int) -> TokenSet:
+def tokenize(
+    sources: Sequence[str], tokenizer: Any, *, samples: int, length: int, seed: int,
+    written: Mapping[str, Sequence[Document]] | None = None,
+) -> TokenSet:  # fmt: skip
     """`samples` windows of `length` tokens, the same number from each source, drawn without overlap by `seed`.
 
     Documents are joined by EOS and cut in windows; chats are rendered by the chat template. A window starts with BOS
-    where the tokenizer adds one to a text of its own accord, and only there.
+    where the tokenizer adds one to a text of its own accord, and only there. `written` has the documents of the sources
+    that a model wrote (`self:N`).
 
     Raises:
         QuantkitError: a source has too few tokens; a chat without a chat template.
@@ -58,7 +62,9 @@ def tokenize(sources: Sequence[str], tokenizer: Any, *, samples: int, length: in
     problems = []
     for number, source in enumerate(sources):
         share = samples // len(sources) + (number < samples % len(sources))
-        chosen, available = _windows(source, tokenizer, share=share, body=body, seed=seed + number)
+        known = (written or {}).get(source)
+        found = documents(source) if known is None else iter(known)
+        chosen, available = _windows(source, found, tokenizer, share=share, body=body, seed=seed + number)
         if chosen is None:
             problems.append(
                 f"text source {source!r} has {available} tokens, {share} samples of {length} need {share * body}: "
@@ -72,11 +78,13 @@ def tokenize(sources: Sequence[str], tokenizer: Any, *, samples: int, length: in
     return TokenSet(torch.tensor(windows, dtype=torch.int64), adds_bos)
 
 
-def _windows(source: str, tokenizer: Any, *, share: int, body: int, seed: int) -> tuple[list[list[int]] | None, int]:
+def _windows(
+    source: str, found: Iterator[Document], tokenizer: Any, *, share: int, body: int, seed: int
+) -> tuple[list[list[int]] | None, int]:
     """The chosen windows and the tokens that were seen; None where there are too few."""
     stream: list[int] = []
     limit = share * body * 16  # of a hub data set with billions of tokens, read only a beginning
-    for document in documents(source):
+    for document in found:
         stream += tokenizer(as_text(document, tokenizer), add_special_tokens=False)["input_ids"]
         stream += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
         if len(stream) > limit and source.startswith("hf:"):

@@ -13,6 +13,7 @@ ROOMS = [
     {"artifacts", "architecture"},
     {"recipe", "checkpoint", "decoder", "text", "gguf", "vllm_environment", "vllm_plugin", "vllm_kernel"},
     {"tokens", "offline", "offline_worker"},
+    {"conversations"},
     {"quantize", "draft", "evaluate", "serve", "engines"},
     {"stages"},
     {"pipeline", "summary"},

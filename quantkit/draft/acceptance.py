@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from quantkit import offline
-from quantkit.draft.generate import Exchange, stop_tokens
+from quantkit.conversations import Exchange, stop_tokens
 from quantkit.offline import Session
 from quantkit.progress import Report
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from quantkit import hardware, vllm_environment
+from quantkit import conversations, hardware, vllm_environment
 from quantkit.checkpoint import Checkpoint, open_checkpoint, save_tensors, write_dense
-from quantkit.draft import acceptance, generate, initialize, train
+from quantkit.draft import acceptance, initialize, train
 from quantkit.errors import QuantkitError
 from quantkit.offline import Session
 from quantkit.progress import Report
@@ -51,7 +51,7 @@ def train_draft(
             session, speaking, out, held_out, **measure, folder=folder / "after", report=report,
             what="acceptance after",
         )  # fmt: skip
-    generate.save_exchanges(out / "held_out.jsonl", held_out)
+    conversations.save_exchanges(out / "held_out.jsonl", held_out)
     return {
         "origin": origin,
         "train_prompts": len(train_set),
@@ -110,24 +110,24 @@ def _initialize(target: Checkpoint, settings: Draft, initial: Path) -> str:
 
 def _exchanges(
     session: Session, target: Path, settings: Draft, seed: int, folder: Path, report: Report
-) -> tuple[list[generate.Exchange], list[generate.Exchange]]:
+) -> tuple[list[conversations.Exchange], list[conversations.Exchange]]:
     kept = folder / "exchanges.jsonl"
     if not kept.exists():
-        prompts = generate.prompts(
+        prompts = conversations.prompts(
             session, settings.prompts, target, longest=settings.prompt_tokens, seed=seed, folder=folder, report=report,
             held_out=settings.held_out_prompts,
         )  # fmt: skip
-        answered = generate.answers(
+        answered = conversations.answers(
             session, target, prompts, longest=settings.answer_tokens, seed=seed, folder=folder, report=report
         )
         if len(answered) <= settings.held_out_prompts:
             raise QuantkitError(f"the target answered only {len(answered)} prompts: give more, or other ones")
-        generate.save_exchanges(kept, answered)
-    return generate.split(generate.load_exchanges(kept), settings.held_out_prompts, seed=seed)
+        conversations.save_exchanges(kept, answered)
+    return conversations.split(conversations.load_exchanges(kept), settings.held_out_prompts, seed=seed)
 
 
 def _target_states(
-    target: Checkpoint, exchanges: list[generate.Exchange], folder: Path, report: Report
+    target: Checkpoint, exchanges: list[conversations.Exchange], folder: Path, report: Report
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The target's head, and its hidden states at the answers' tokens."""
     head_name = "model.embed_tokens.weight" if target.arch.tied_embeddings else "lm_head.weight"

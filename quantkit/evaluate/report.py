@@ -80,7 +80,7 @@ def _check_pair(reference: Checkpoint, candidate: Checkpoint) -> None:
 def _refuse_leak(calibrated_on: Sequence[str], windows: tokens.TokenSet, tokenizer: Any, seed: int) -> None:
     """Refuse held-out text whose words, not only whose name, were calibrated on."""
     for source in calibrated_on:
-        if source.startswith("hf:"):
+        if source.startswith(("hf:", "self:")):
             continue  # known by name; reading the whole of it again would cost more than the evaluation
         shared = tokens.shared_spans(tokens.whole(source, tokenizer), windows)
         if shared > _SHARED:

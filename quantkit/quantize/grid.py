@@ -67,7 +67,7 @@ def fit_grid(
     blocks_Gii = None
     if hessian_II is not None:
         check_hessian(hessian_II, in_features)
-        blocks_Gii = _diagonal_blocks(hessian_II, group_size)
+        blocks_Gii = diagonal_blocks(hessian_II, group_size)
     rows = max(1, CHUNK_ELEMENTS // in_features)
     parts = [
         _fit_rows(grouped(chunk_OI.float(), group_size), blocks_Gii, bits, symmetric, candidates)
@@ -150,7 +150,7 @@ def _fit_rows(
     return best_scale_GO.T.contiguous(), best_zero_point_GO.T.contiguous()
 
 
-def _diagonal_blocks(hessian_II: Tensor, group_size: int) -> Tensor:
+def diagonal_blocks(hessian_II: Tensor, group_size: int) -> Tensor:
     """[groups, group_size, group_size] float32: the Hessian among the inputs of each group."""
     groups = hessian_II.shape[0] // group_size
     blocks_iiG = hessian_II.reshape(groups, group_size, groups, group_size).diagonal(dim1=0, dim2=2)

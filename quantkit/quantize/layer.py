@@ -7,7 +7,7 @@ outputs ought to be.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,10 @@ from quantkit.quantize.drift import target_weight
 from quantkit.quantize.gptq import gptq
 
 _BATCH = 4  # samples a forward pass
+# Method and drift correction: `default` takes about twice the time of `fast` for about 0.7 of its KL.
+EFFORTS = {"fast": ("gptq", 0.0), "default": ("awq+gptq", 0.5)}
+# How AWQ's scales are searched when GPTQ follows: measured to be as good as the whole search, at an eighth of its time.
+_BEFORE_GPTQ: dict[str, Any] = {"steps": 10, "within_groups": True, "max_rows": 1024}
 
 
 class Settings(NamedTuple):
@@ -35,6 +39,15 @@ class Settings(NamedTuple):
     act_order: bool
     damping: float
     drift_correction: float = 0.0  # share of the drift so far that a linear makes up for
+
+    @classmethod
+    def of(
+        cls, *, effort: str, method: str | None = None, drift_correction: float | None = None, **scheme: Any
+    ) -> "Settings":
+        """The settings of an effort; a method or a share of drift correction that is given wins over the effort's."""
+        usual_method, usual_drift = EFFORTS[effort]
+        drift = usual_drift if drift_correction is None else drift_correction
+        return cls(method=method or usual_method, drift_correction=drift, **scheme)
 
 
 class LinearNote(NamedTuple):
@@ -225,6 +238,7 @@ class Layer:
         found = search_scale(
             [weight_OI], inputs.gram_II, inputs.mean_abs_I, bits=settings.bits,
             group_size=self._group_size(len(inputs.gram_II)), symmetric=settings.symmetric, tie=tie,
+            **(_BEFORE_GPTQ if settings.method == "awq+gptq" else {}),
         )  # fmt: skip
         return found.scale_I, found.exponent
 

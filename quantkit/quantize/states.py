@@ -59,4 +59,8 @@ def _num_bytes(shape: Sequence[int]) -> int:
 
 def _mapped(path: Path, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
     size = torch.Size(shape).numel()
+    if not path.exists():
+        # Taken at once: a mapped file that finds the disk full when it is written to ends the process by SIGBUS.
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size * dtype.itemsize)
     return torch.from_file(str(path), shared=True, size=size, dtype=dtype).view(*shape)

@@ -76,6 +76,7 @@ def quantize(job: dict[str, Any]) -> list[str]:
     model = AutoModelForCausalLM.from_pretrained(
         source, config=AutoConfig.for_model(**older_config(config)), torch_dtype=dtype
     ).to(job["device"])  # fmt: skip
+    biases = {name for name in model.state_dict() if name.endswith(".bias")}
     settings = BaseQuantizeConfig(
         bits=scheme["bits"], group_size=scheme["group_size"], sym=scheme["symmetric"],
         # off by default here: no reader of the result takes groups out of order
@@ -94,13 +95,16 @@ def quantize(job: dict[str, Any]) -> list[str]:
     windows = load_file(job["tokens"])["input_ids"]
     engine.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows], batch_size=1)
 
-    # Its own way to save stores a tied head a second time, and writes the config in the manner of transformers 4.
+    # Its own way to save adds a bias of zeros to every linear and a second copy of a tied head, and writes the config as
+    # transformers 4 does.
+    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    tensors = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied and (name in biases or not name.endswith(".bias"))
+    }
     out.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor for name, tensor in model.state_dict().items()
-               if not (name == "lm_head.weight" and config.get("tie_word_embeddings"))}  # fmt: skip
-    halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
-    whole = {name: tensor.cpu().contiguous() for name, tensor in halves.items()}
-    save_file(whole, out / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)

@@ -1,4 +1,4 @@
-"""Prompts and the target's own answers to them, by the real vLLM in batches.
+"""Prompts and a model's own answers to them, by the real vLLM in batches: to teach drafts, and to calibrate on.
 
 `self:N` prompts come from the target: given only the start of its chat template, an instruct model writes what a user
 would ask (Magpie, arXiv 2406.08464).
@@ -119,13 +119,17 @@ def answers(
     seed: int,
     folder: Path,
     report: Report,
+    temperature: float = 0.0,
 ) -> list[Exchange]:
-    """The target's greedy answers, in the order of the prompts; empty answers are left out."""
+    """The target's answers, greedy unless asked otherwise, in the order of the prompts; empty ones are left out."""
     stop = stop_tokens(target)
     requests = [
-        offline.Request(name=f"answer-{number}", prompt=list(prompt), max_tokens=longest, stop_token_ids=stop)
+        offline.Request(
+            name=f"answer-{number}", prompt=list(prompt), max_tokens=longest, stop_token_ids=stop,
+            temperature=temperature, seed=seed * 1_000_003 + number if temperature else None,
+        )
         for number, prompt in enumerate(prompt_ids)
-    ]
+    ]  # fmt: skip
     job = offline.Job(
         model=str(target), requests=requests, max_model_len=max(map(len, prompt_ids)) + longest + 1, seed=seed
     )
@@ -134,6 +138,31 @@ def answers(
     )
     pairs = zip(prompt_ids, results, strict=True)
     return [Exchange(list(prompt), result.tokens) for prompt, result in pairs if len(result.tokens) > 1]
+
+
+def chats(
+    session: Session, checkpoint: Path, count: int, *, prompt_tokens: int, answer_tokens: int, temperature: float,
+    seed: int, folder: Path, report: Report,
+) -> list[text.Document]:  # fmt: skip
+    """Up to `count` chats of one turn that the model holds with itself, its answers sampled at `temperature`."""
+    tokenizer = tokens.load_tokenizer(checkpoint)
+    written = _self_written(
+        session, checkpoint, tokenizer, count, longest=prompt_tokens, seed=seed, folder=folder, report=report
+    )
+    asked = list(dict.fromkeys(written))[:count]
+    rendered = [render(tokenizer, question) for question in asked]
+    exchanges = answers(
+        session, checkpoint, rendered, longest=answer_tokens, seed=seed, folder=folder, report=report,
+        temperature=temperature,
+    )  # fmt: skip
+    said = {
+        tuple(exchange.prompt): tokenizer.decode(exchange.answer, skip_special_tokens=True) for exchange in exchanges
+    }
+    return [
+        [{"role": "user", "content": question}, {"role": "assistant", "content": said[tuple(prompt)]}]
+        for question, prompt in zip(asked, rendered, strict=True)
+        if tuple(prompt) in said
+    ]
 
 
 def stop_tokens(checkpoint: Path) -> list[int]:

@@ -1,0 +1,100 @@
+"""AutoAWQ's AWQ as one process: `python -I autoawq.py JOB_DIR`, job.json in, result.json out."""
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+              "chat_template*", "generation_config.json")  # fmt: skip
+
+
+def main(folder: Path) -> None:
+    """Run the job in `folder`; result.json appears only when the checkpoint is whole."""
+    started = time.monotonic()
+    job = json.loads((folder / "job.json").read_bytes())
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
+    import awq  # noqa: F401 (imported here to be counted as an import)
+
+    import_cpu_s = cpu_seconds()
+    quantize(job)
+    cpu_s = cpu_seconds()
+    result = {
+        "engine": "autoawq", "version": version("autoawq"), "method": job["method"], "format": "awq",
+        "cpu_s": cpu_s, "import_cpu_s": import_cpu_s, "quantize_cpu_s": cpu_s - import_cpu_s,
+        "wall_s": time.monotonic() - started,
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "notes": [],
+    }  # fmt: skip
+    temporary = folder / ".result.json.tmp"
+    temporary.write_text(json.dumps(result, indent=2))
+    temporary.replace(folder / "result.json")
+
+
+def cpu_seconds() -> float:
+    """User and system seconds of this process and of the children it has waited for, since it started."""
+    both = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
+    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+
+
+def older_config(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 reads of a config.json of transformers 5; without it every rope_theta would be 10000."""
+    rope = dict(config.get("rope_parameters") or {})
+    if not rope:
+        return config
+    theta = rope.pop("rope_theta")
+    return config | {"rope_theta": theta, "rope_scaling": rope if rope.get("rope_type") != "default" else None}
+
+
+def quantize(job: dict[str, Any]) -> None:
+    """Write the quantized checkpoint."""
+    import torch
+    from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
+    from awq.models.base import BaseAWQForCausalLM  # noqa: F401
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    assert job["method"] == "awq", job["method"]
+    torch.set_num_threads(job["threads"])
+    set_seed(job["seed"])
+    scheme, source, out = job["scheme"], Path(job["checkpoint"]), Path(job["out"])
+    if scheme["symmetric"]:
+        raise ValueError("AutoAWQ's gemm files always have zero points: quantize with an asymmetric scheme")
+    config = json.loads((source / "config.json").read_bytes())
+    # On a CPU, float32 is many times faster than float16 on most processors.
+    dtype = torch.float32 if job["device"] == "cpu" else torch.float16
+    old = AutoConfig.for_model(**older_config(config))
+    model = AutoModelForCausalLM.from_pretrained(source, config=old, torch_dtype=dtype).eval()
+    model.config.use_cache = False
+    engine = AWQ_CAUSAL_LM_MODEL_MAP[config["model_type"]](model, config["model_type"], False, old, None, None)
+    settings = {"w_bit": scheme["bits"], "q_group_size": scheme["group_size"], "zero_point": True, "version": "GEMM"}
+    windows = load_file(job["tokens"])["input_ids"]
+    # it joins the samples and cuts them again at the longest length: with these two limits, into the same windows
+    engine.quantize(
+        None, settings, windows.tolist(), max_calib_samples=windows.shape[0], max_calib_seq_len=windows.shape[1],
+        **job["options"],
+    )  # fmt: skip
+
+    # Its own way to save writes the config as transformers 4 does, and a CPU's float32 where there was float16.
+    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
+    tensors = {
+        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
+        for name, tensor in model.state_dict().items()
+        if name not in tied
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    for pattern in COMPANIONS:
+        for file in source.glob(pattern):
+            shutil.copyfile(file, out / file.name)
+    # the head is always left as it is, but the engine only says so of what else it is told to leave
+    stored = engine.quant_config.to_transformers_dict() | {"modules_to_not_convert": ["lm_head"]}
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": stored}, indent=2))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
