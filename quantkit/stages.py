@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantkit import artifacts, text
+from quantkit import artifacts, hardware, text
 from quantkit.artifacts import Kind, Manifest, Work
 from quantkit.errors import GateFailed, QuantkitError
 from quantkit.progress import Display, Report
@@ -69,7 +69,7 @@ def quantize(
     def make(work: Work, report: Report) -> None:
         from quantkit import checkpoint as checkpoints
         from quantkit import tokens
-        from quantkit.quantize import stream
+        from quantkit.quantize import estimate, stream
         from quantkit.quantize.layer import Settings
 
         source = checkpoints.open_checkpoint(checkpoint, quantized=False)
@@ -80,6 +80,11 @@ def quantize(
             length=calibration.length, seed=seed,
             written=_written(calibration, checkpoint, seed=seed, folder=work.partial, report=report),
         )  # fmt: skip
+        compute = hardware.compute_dtype(device).itemsize
+        shape_ST = tuple(windows.input_ids_ST.shape)
+        needed = estimate.need(source.arch, plan, samples=shape_ST[0], length=shape_ST[1], compute_bytes=compute)
+        report(f"needs about {needed}", 0, 0)
+        estimate.check_room(needed, work.out)
         checkpoints.check_finite(source, lambda done, total: report("checking the weights, tensor", done, total))
         layers = work.partial / "layers"
         hand_out(stream.Order(source.path, windows, plan, layers))
@@ -93,6 +98,7 @@ def quantize(
             "weights_bytes": sum(file.stat().st_size for file in work.out.glob("*.safetensors")),
             "source_weights_bytes": sum(file.stat().st_size for file in set(source.shards.values())),
             "device": device,
+            "estimated": needed._asdict(),
             "method": plan.method,
             "drift_correction": plan.drift_correction,
             "linears": [note._asdict() for note in notes],

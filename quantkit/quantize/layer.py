@@ -21,7 +21,7 @@ from quantkit.quantize.awq import awq, search_scale
 from quantkit.quantize.drift import target_weight
 from quantkit.quantize.gptq import gptq
 
-_BATCH = 4  # samples a forward pass
+BATCH = 4  # samples a forward pass
 # Method and drift correction: `default` takes about twice the time of `fast` for about 0.7 of its KL.
 EFFORTS = {"fast": ("gptq", 0.0), "default": ("awq+gptq", 0.5)}
 # How AWQ's scales are searched when GPTQ follows: measured to be as good as the whole search, at an eighth of its time.
@@ -139,7 +139,7 @@ class Layer:
 
     def _parts(self) -> Iterator[slice]:
         samples = len(self.run.hidden_STC)
-        return (slice(begin, min(begin + _BATCH, samples)) for begin in range(0, samples, _BATCH))
+        return (slice(begin, min(begin + BATCH, samples)) for begin in range(0, samples, BATCH))
 
     def _part(self, states_STx: Tensor | None, part: slice) -> Tensor:
         assert states_STx is not None

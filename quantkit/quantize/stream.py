@@ -115,10 +115,12 @@ def _start(
             f"{folder} holds {done} finished layers and no states to go on from (another number of processes, or files "
             "that were deleted): start again with --fresh"
         )
-    embedded_STC = checkpoint.outer()["model.embed_tokens.weight"][input_ids_ST]
+    name = "model.embed_tokens.weight"
+    embedding_VC = checkpoint.read([name])[name]  # as stored, and mapped: only the rows that occur are read
     hidden = {name: states.make(own, 0, name, shape) for name in names}
     for tensor in hidden.values():
-        tensor.copy_(embedded_STC)
+        for sample, ids_T in enumerate(input_ids_ST):
+            tensor[sample] = embedding_VC[ids_T]
     return 0, hidden
 
 

@@ -63,25 +63,21 @@ def quantize(job: dict[str, Any]) -> list[str]:
     torch.set_num_threads(job["threads"])
     set_seed(job["seed"])
     scheme, source, out = job["scheme"], Path(job["checkpoint"]), Path(job["out"])
-    notes = []
+    notes, dtype = ["it loads a model only where there is CUDA: loaded by transformers instead"], torch.float16
     if job["device"] == "cpu":
         # It moves each layer to a constant device and waits for it, also where there is no such device.
         _base.CUDA_0 = torch.device("cpu")
         torch.cuda.synchronize = lambda device=None: None
         notes.append("ran on the CPU: its device constant is replaced, and its wait for the GPU left out")
+        dtype = torch.float32  # many times faster than float16 on most processors
 
     config = json.loads((source / "config.json").read_bytes())
-    # Its own loader insists on CUDA. On a CPU, float32 is many times faster than float16 on most processors.
-    dtype = torch.float32 if job["device"] == "cpu" else torch.float16
-    model = AutoModelForCausalLM.from_pretrained(
-        source, config=AutoConfig.for_model(**older_config(config)), torch_dtype=dtype
-    ).to(job["device"])  # fmt: skip
+    old = AutoConfig.for_model(**older_config(config))
+    model = AutoModelForCausalLM.from_pretrained(source, config=old, torch_dtype=dtype).to(job["device"])
     biases = {name for name in model.state_dict() if name.endswith(".bias")}
-    settings = BaseQuantizeConfig(
-        bits=scheme["bits"], group_size=scheme["group_size"], sym=scheme["symmetric"],
-        # off by default here: no reader of the result takes groups out of order
-        **({"desc_act": False} | job["options"]),
-    )  # fmt: skip
+    # Act order is off unless asked for: vLLM refuses groups out of order.
+    options = {"desc_act": False} | job["options"]
+    settings = BaseQuantizeConfig(scheme["bits"], scheme["group_size"], sym=scheme["symmetric"], **options)
     engine = GPTQ_CAUSAL_LM_MODEL_MAP[config["model_type"]](model, False, settings)
     pack_model = _base.pack_model
 

@@ -71,11 +71,22 @@ def quantize(job: dict[str, Any]) -> None:
     # as they are, in their order: the engine would sort them, and leave out those of ten tokens or fewer
     engine.quantize(batches, batch_size=1, calibration_sort=None, calibration_data_min_length=0)
 
+    check_zero_points(engine.model, scheme["bits"])
     engine.model.to(torch.float16)
     engine.save(str(out))
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)
+
+
+def check_zero_points(model: Any, bits: int) -> None:
+    """Refuse a zero point 0: saving takes 1 from each int32 of them as one number, and the borrow spoils a neighbour."""
+    import torch
+
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    for name, buffer in model.named_buffers():
+        if name.endswith(".qzeros") and bool(((buffer.cpu()[..., None] >> shifts) % 2**bits == 0).any()):
+            raise ValueError(f"{name} has a zero point 0, which GPTQModel can not store: use a symmetric scheme")
 
 
 if __name__ == "__main__":

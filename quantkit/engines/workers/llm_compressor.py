@@ -51,14 +51,20 @@ def quantize(job: dict[str, Any]) -> list[str]:
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.transform.awq import AWQModifier
     from llmcompressor.pipelines.cache import IntermediatesCache
+    from loguru import logger
     from safetensors.torch import load_file
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM, set_seed
 
-    notes = []
+    notes: list[str] = []
     torch.set_num_threads(job["threads"])
     set_seed(job["seed"])
-    if not torch.accelerator.is_available():
+    # Where a Hessian can not be inverted, GPTQ goes on with round-to-nearest and says so in its log alone.
+    logger.add(
+        lambda line: notes.append(line.record["message"]), level="WARNING",
+        filter=lambda record: "round-to-nearest" in record["message"],
+    )  # fmt: skip
+    if "awq" in job["method"] and not torch.accelerator.is_available():
         # AWQ pins the activations that it keeps, for faster copies to an accelerator; without one, pinning raises.
         IntermediatesCache.pin_memory = lambda *args, **kwargs: None
         notes.append("AWQ keeps its activations in unpinned memory, because pinning needs an accelerator")

@@ -1,0 +1,63 @@
+"""The estimate: flat in depth, above what a real run takes, and refused when it cannot be had."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantkit.architecture import read_architecture
+from quantkit.errors import QuantkitError
+from quantkit.quantize import estimate
+from quantkit.quantize.estimate import Need
+from quantkit.quantize.layer import Settings
+
+SETTINGS = Settings.of(
+    effort="default", format="compressed-tensors", bits=4, group_size=128, symmetric=False, act_order=True, damping=0.01
+)
+
+
+def llama(layers: int, **changes: Any) -> Any:
+    config = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": layers, "hidden_size": 8192,
+        "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256,
+    }  # fmt: skip
+    arch, problems = read_architecture(config | changes)
+    assert arch is not None, problems
+    return arch
+
+
+def test_memory_is_flat_in_depth_and_disk_is_not() -> None:
+    few, many = (
+        estimate.need(llama(layers), SETTINGS, samples=128, length=2048, compute_bytes=2) for layers in (8, 80)
+    )
+    assert few.memory == many.memory < 64 * 2**30
+    assert many.disk > few.disk + 2 * 70 * llama(1).hidden_size ** 2
+    more = estimate.need(llama(8), SETTINGS, samples=512, length=2048, compute_bytes=2)
+    assert more.memory == few.memory and more.disk > few.disk
+
+
+def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
+    estimate.check_room(Need(1 << 20, 1 << 20), tmp_path)
+    with pytest.raises(QuantkitError, match="of memory") as caught:
+        estimate.check_room(Need(1 << 60, shutil.disk_usage(tmp_path).free * 2), tmp_path)
+    assert "on the disk" in str(caught.value)
+
+
+def test_a_real_run_stays_below_it(make_llama, texts: tuple[Path, Path], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = make_llama(tmp_path / "wide", layers=2, hidden_size=512, intermediate_size=1536, heads=8, kv_heads=4)
+    arch, _ = read_architecture(json.loads((model / "config.json").read_text()))
+    assert arch is not None
+    expected = estimate.need(arch, SETTINGS, samples=8, length=128, compute_bytes=4)
+    command = [
+        sys.executable, "-m", "quantkit.cli", "quantize", model, "--out", tmp_path / "out", "--calibration", texts[0],
+        "--samples", "8", "--length", "128",
+    ]  # fmt: skip
+    process = subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0
+    assert 0.3 * expected.memory < used.ru_maxrss * 1024 < 1.2 * expected.memory
