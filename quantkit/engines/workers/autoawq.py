@@ -22,13 +22,13 @@ def main(folder: Path) -> None:
     import awq  # noqa: F401 (imported here to be counted as an import)
 
     import_cpu_s = cpu_seconds()
-    quantize(job)
+    notes = quantize(job)
     cpu_s = cpu_seconds()
     result = {
         "engine": "autoawq", "version": version("autoawq"), "method": job["method"], "format": "awq",
         "cpu_s": cpu_s, "import_cpu_s": import_cpu_s, "quantize_cpu_s": cpu_s - import_cpu_s,
         "wall_s": time.monotonic() - started,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "notes": [],
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "notes": notes,
     }  # fmt: skip
     temporary = folder / ".result.json.tmp"
     temporary.write_text(json.dumps(result, indent=2))
@@ -50,13 +50,39 @@ def older_config(config: dict[str, Any]) -> dict[str, Any]:
     return config | {"rope_theta": theta, "rope_scaling": rope if rope.get("rope_type") != "default" else None}
 
 
-def quantize(job: dict[str, Any]) -> None:
-    """Write the quantized checkpoint."""
+def quantize(job: dict[str, Any]) -> list[str]:
+    """Write the quantized checkpoint; returns what was patched."""
     import torch
     from awq.models.auto import AWQ_CAUSAL_LM_MODEL_MAP
-    from awq.models.base import BaseAWQForCausalLM  # noqa: F401
+    from awq.quantize.quantizer import AwqQuantizer
     from safetensors.torch import load_file, save_file
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    class CpuQuantizer(AwqQuantizer):  # type: ignore[misc]
+        def _compute_best_scale(self, x: Any, w_mean: Any, x_mean: Any, module: Any, *others: Any) -> Any:
+            # The weights that it puts back after each try are copies only where .cpu() copies; on a CPU they would be
+            # the very weights that the tries multiply.
+            copies = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            module.state_dict = lambda: copies
+            try:
+                return super()._compute_best_scale(x, w_mean, x_mean, module, *others)
+            finally:
+                del module.state_dict
+
+        def _compute_best_clip(self, weight_OI: Any, input_TI: Any) -> Any:
+            # The same search, its sums over a group as matrix products: element by element it takes a minute a layer.
+            input_TI = input_TI.flatten(0, -2)
+            input_GiT = input_TI[:: max(1, len(input_TI) // 512)].unflatten(1, (-1, self.group_size)).permute(1, 2, 0)
+            limits = []
+            for rows_GOi in weight_OI.unflatten(1, (-1, self.group_size)).transpose(0, 1).split(256, dim=1):
+                largest, wanted = rows_GOi.abs().amax(-1, keepdim=True), rows_GOi @ input_GiT
+                best, lowest = largest, torch.full_like(largest, float("inf"))
+                for limit in (largest * (1 - step / 20) for step in range(10)):
+                    tried = self.pseudo_quantize_tensor(rows_GOi.clamp(-limit, limit).flatten(0, 1))[0]
+                    error = (tried.view_as(rows_GOi) @ input_GiT - wanted).square().mean(-1, keepdim=True)
+                    best, lowest = torch.where(error < lowest, limit, best), torch.minimum(error, lowest)
+                limits.append(best.transpose(0, 1))
+            return torch.cat(limits)
 
     assert job["method"] == "awq", job["method"]
     torch.set_num_threads(job["threads"])
@@ -64,20 +90,20 @@ def quantize(job: dict[str, Any]) -> None:
     scheme, source, out = job["scheme"], Path(job["checkpoint"]), Path(job["out"])
     if scheme["symmetric"]:
         raise ValueError("AutoAWQ's gemm files always have zero points: quantize with an asymmetric scheme")
+    notes, dtype, quantizer = ["loaded by transformers itself, for a config of transformers 5"], torch.float16, AwqQuantizer
+    if job["device"] == "cpu":  # float32 is many times faster than float16 on most processors
+        dtype, quantizer = torch.float32, CpuQuantizer
+        notes.append("ran on the CPU: weights copied before its search for scales multiplies them in place")
+        notes.append("ran on the CPU: the search for clips rewritten as matrix products")
     config = json.loads((source / "config.json").read_bytes())
-    # On a CPU, float32 is many times faster than float16 on most processors.
-    dtype = torch.float32 if job["device"] == "cpu" else torch.float16
-    old = AutoConfig.for_model(**older_config(config))
+    old = AutoConfig.for_model(**older_config(config) | {"use_cache": False})
     model = AutoModelForCausalLM.from_pretrained(source, config=old, torch_dtype=dtype).eval()
-    model.config.use_cache = False
     engine = AWQ_CAUSAL_LM_MODEL_MAP[config["model_type"]](model, config["model_type"], False, old, None, None)
     settings = {"w_bit": scheme["bits"], "q_group_size": scheme["group_size"], "zero_point": True, "version": "GEMM"}
     windows = load_file(job["tokens"])["input_ids"]
-    # it joins the samples and cuts them again at the longest length: with these two limits, into the same windows
-    engine.quantize(
-        None, settings, windows.tolist(), max_calib_samples=windows.shape[0], max_calib_seq_len=windows.shape[1],
-        **job["options"],
-    )  # fmt: skip
+    # It joins the samples and cuts them again at the longest length: with these two limits, into the same windows.
+    limits = {"max_calib_samples": windows.shape[0], "max_calib_seq_len": windows.shape[1]}
+    engine.quantize(None, settings, windows.tolist(), quantizer_cls=quantizer, **limits, **job["options"])
 
     # Its own way to save writes the config as transformers 4 does, and a CPU's float32 where there was float16.
     tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
@@ -91,9 +117,10 @@ def quantize(job: dict[str, Any]) -> None:
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)
-    # the head is always left as it is, but the engine only says so of what else it is told to leave
+    # The head is always left as it is, but the engine names only what else it was told to leave.
     stored = engine.quant_config.to_transformers_dict() | {"modules_to_not_convert": ["lm_head"]}
     (out / "config.json").write_text(json.dumps(config | {"quantization_config": stored}, indent=2))
+    return notes
 
 
 if __name__ == "__main__":
