@@ -1,4 +1,4 @@
-"""A real process, really killed: what it makes the second time is what it makes undisturbed; and so with two threads."""
+"""A real process, really killed: what it makes the second time is what it makes undisturbed, on two threads too."""
 
 import os
 import signal
