@@ -42,7 +42,7 @@ def cpu_seconds() -> float:
 
 
 def packing(job: dict[str, Any]) -> str:
-    """GPTQ files keep zero_point - 1, which readers of an asymmetric grid do not agree on; AWQ files keep it as it is."""
+    """GPTQ files keep zero_point - 1, which readers of an asymmetric grid differ on; AWQ files keep it as it is."""
     return "gptq" if job["scheme"]["symmetric"] else "awq"
 
 

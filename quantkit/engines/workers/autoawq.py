@@ -90,7 +90,11 @@ def quantize(job: dict[str, Any]) -> list[str]:
     scheme, source, out = job["scheme"], Path(job["checkpoint"]), Path(job["out"])
     if scheme["symmetric"]:
         raise ValueError("AutoAWQ's gemm files always have zero points: quantize with an asymmetric scheme")
-    notes, dtype, quantizer = ["loaded by transformers itself, for a config of transformers 5"], torch.float16, AwqQuantizer
+    notes, dtype, quantizer = (
+        ["loaded by transformers itself, for a config of transformers 5"],
+        torch.float16,
+        AwqQuantizer,
+    )
     if job["device"] == "cpu":  # float32 is many times faster than float16 on most processors
         dtype, quantizer = torch.float32, CpuQuantizer
         notes.append("ran on the CPU: weights copied before its search for scales multiplies them in place")

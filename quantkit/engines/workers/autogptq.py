@@ -91,8 +91,8 @@ def quantize(job: dict[str, Any]) -> list[str]:
     windows = load_file(job["tokens"])["input_ids"]
     engine.quantize([{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in windows], batch_size=1)
 
-    # Its own way to save adds a bias of zeros to every linear and a second copy of a tied head, and writes the config as
-    # transformers 4 does.
+    # Its own way to save adds a bias of zeros to every linear and a second copy of a tied head, and writes the config
+    # as transformers 4 does.
     tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     tensors = {
         name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()

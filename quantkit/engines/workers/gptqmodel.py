@@ -80,7 +80,7 @@ def quantize(job: dict[str, Any]) -> None:
 
 
 def check_zero_points(model: Any, bits: int) -> None:
-    """Refuse a zero point 0: saving takes 1 from each int32 of them as one number, and the borrow spoils a neighbour."""
+    """Refuse a zero point 0: saving takes 1 from each int32 as one number, and the borrow spoils a neighbour."""
     import torch
 
     shifts = torch.arange(0, 32, bits, dtype=torch.int32)

@@ -93,8 +93,8 @@ def quantize(job: dict[str, Any]) -> list[str]:
     windows = load_file(job["tokens"])["input_ids"]
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows]
     loader = DataLoader(batches, batch_size=None, shuffle=False)
-    # Its default pipeline, a pass over the model for each modifier, is what AWQ before GPTQ needs: in one pass for both,
-    # GPTQ would take its Hessians from the inputs as they were before AWQ scaled them.
+    # A pass over the model for each modifier, its default, is what AWQ before GPTQ needs: in one pass for both, GPTQ
+    # would take its Hessians from the inputs as they were before AWQ scaled them.
     oneshot(model=model, recipe=recipe, dataset=loader, num_calibration_samples=len(batches), pipeline="independent")
 
     # Saving packs the integers: rounding to float16 moves a weight by far less than half a step of its grid.
