@@ -17,7 +17,7 @@ def quantize(out: Path, model: Path, text: Path, *launcher: str) -> "subprocess.
         "--group-size", "32",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=900)
 
 
 TORCHRUN = (

@@ -43,11 +43,11 @@ def cpu_seconds() -> float:
 
 def older_config(config: dict[str, Any]) -> dict[str, Any]:
     """What transformers 4 reads of a config.json of transformers 5; without it every rope_theta would be 10000."""
-    rope = dict(config.get("rope_parameters") or {})
-    if not rope:
+    rope = config.get("rope_parameters")
+    if rope is None:
         return config
-    theta = rope.pop("rope_theta")
-    return config | {"rope_theta": theta, "rope_scaling": rope if rope.get("rope_type") != "default" else None}
+    scaling = rope if rope.get("rope_type", "default") != "default" else None
+    return config | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def quantize(job: dict[str, Any]) -> list[str]:
@@ -60,14 +60,12 @@ def quantize(job: dict[str, Any]) -> list[str]:
 
     class CpuQuantizer(AwqQuantizer):  # type: ignore[misc]
         def _compute_best_scale(self, x: Any, w_mean: Any, x_mean: Any, module: Any, *others: Any) -> Any:
-            # The weights that it puts back after each try are copies only where .cpu() copies; on a CPU they would be
-            # the very weights that the tries multiply.
+            # It keeps what it puts back after each try by .cpu(): on a CPU, no copy but the weights that it multiplies.
             copies = {name: tensor.clone() for name, tensor in module.state_dict().items()}
             module.state_dict = lambda: copies
-            try:
-                return super()._compute_best_scale(x, w_mean, x_mean, module, *others)
-            finally:
-                del module.state_dict
+            best_I = super()._compute_best_scale(x, w_mean, x_mean, module, *others)
+            del module.state_dict
+            return best_I
 
         def _compute_best_clip(self, weight_OI: Any, input_TI: Any) -> Any:
             # The same search, its sums over a group as matrix products: element by element it takes a minute a layer.
@@ -75,8 +73,8 @@ def quantize(job: dict[str, Any]) -> list[str]:
             input_GiT = input_TI[:: max(1, len(input_TI) // 512)].unflatten(1, (-1, self.group_size)).permute(1, 2, 0)
             limits = []
             for rows_GOi in weight_OI.unflatten(1, (-1, self.group_size)).transpose(0, 1).split(256, dim=1):
-                largest, wanted = rows_GOi.abs().amax(-1, keepdim=True), rows_GOi @ input_GiT
-                best, lowest = largest, torch.full_like(largest, float("inf"))
+                best = largest = rows_GOi.abs().amax(-1, keepdim=True)
+                lowest, wanted = torch.full_like(largest, float("inf")), rows_GOi @ input_GiT
                 for limit in (largest * (1 - step / 20) for step in range(10)):
                     tried = self.pseudo_quantize_tensor(rows_GOi.clamp(-limit, limit).flatten(0, 1))[0]
                     error = (tried.view_as(rows_GOi) @ input_GiT - wanted).square().mean(-1, keepdim=True)
@@ -90,15 +88,11 @@ def quantize(job: dict[str, Any]) -> list[str]:
     scheme, source, out = job["scheme"], Path(job["checkpoint"]), Path(job["out"])
     if scheme["symmetric"]:
         raise ValueError("AutoAWQ's gemm files always have zero points: quantize with an asymmetric scheme")
-    notes, dtype, quantizer = (
-        ["loaded by transformers itself, for a config of transformers 5"],
-        torch.float16,
-        AwqQuantizer,
-    )
+    notes, dtype, quantizer = [], torch.float16, AwqQuantizer
     if job["device"] == "cpu":  # float32 is many times faster than float16 on most processors
         dtype, quantizer = torch.float32, CpuQuantizer
-        notes.append("ran on the CPU: weights copied before its search for scales multiplies them in place")
-        notes.append("ran on the CPU: the search for clips rewritten as matrix products")
+        notes = ["its search for scales, which spoils the weights on a CPU, works on copies of them",
+                 "its search for clips, a minute a layer on a CPU, is computed with matrix products"]  # fmt: skip
     config = json.loads((source / "config.json").read_bytes())
     old = AutoConfig.for_model(**older_config(config) | {"use_cache": False})
     model = AutoModelForCausalLM.from_pretrained(source, config=old, torch_dtype=dtype).eval()
@@ -106,22 +100,18 @@ def quantize(job: dict[str, Any]) -> list[str]:
     settings = {"w_bit": scheme["bits"], "q_group_size": scheme["group_size"], "zero_point": True, "version": "GEMM"}
     windows = load_file(job["tokens"])["input_ids"]
     # It joins the samples and cuts them again at the longest length: with these two limits, into the same windows.
-    limits = {"max_calib_samples": windows.shape[0], "max_calib_seq_len": windows.shape[1]}
-    engine.quantize(None, settings, windows.tolist(), quantizer_cls=quantizer, **limits, **job["options"])
+    sizes = {"max_calib_samples": windows.shape[0], "max_calib_seq_len": windows.shape[1]}
+    engine.quantize(None, settings, windows.tolist(), quantizer_cls=quantizer, **sizes, **job["options"])
 
-    # Its own way to save writes the config as transformers 4 does, and a CPU's float32 where there was float16.
-    tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
-    tensors = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for name, tensor in model.state_dict().items()
-        if name not in tied
-    }
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.half().state_dict().items()}
+    if config.get("tie_word_embeddings"):
+        del tensors["lm_head.weight"]
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)
-    # The head is always left as it is, but the engine names only what else it was told to leave.
+    # The head is always left as it is, though the engine does not name it.
     stored = engine.quant_config.to_transformers_dict() | {"modules_to_not_convert": ["lm_head"]}
     (out / "config.json").write_text(json.dumps(config | {"quantization_config": stored}, indent=2))
     return notes

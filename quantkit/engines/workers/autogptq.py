@@ -43,11 +43,11 @@ def cpu_seconds() -> float:
 
 def older_config(config: dict[str, Any]) -> dict[str, Any]:
     """What transformers 4 reads of a config.json of transformers 5; without it every rope_theta would be 10000."""
-    rope = dict(config.get("rope_parameters") or {})
-    if not rope:
+    rope = config.get("rope_parameters")
+    if rope is None:
         return config
-    theta = rope.pop("rope_theta")
-    return config | {"rope_theta": theta, "rope_scaling": rope if rope.get("rope_type") != "default" else None}
+    scaling = rope if rope.get("rope_type", "default") != "default" else None
+    return config | {"rope_theta": rope["rope_theta"], "rope_scaling": scaling}
 
 
 def quantize(job: dict[str, Any]) -> list[str]:
@@ -95,8 +95,8 @@ def quantize(job: dict[str, Any]) -> list[str]:
     # as transformers 4 does.
     tied = {"lm_head.weight"} if config.get("tie_word_embeddings") else set()
     tensors = {
-        name: (tensor.half() if tensor.is_floating_point() else tensor).cpu().contiguous()
-        for name, tensor in model.state_dict().items()
+        name: tensor.cpu().contiguous()
+        for name, tensor in model.half().state_dict().items()
         if name not in tied and (name in biases or not name.endswith(".bias"))
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -92,7 +92,7 @@ def quantize(job: dict[str, Any]) -> list[str]:
     # A loader of our own passes by the engine's tokenizing, shuffling and truncating: these windows in this order.
     windows = load_file(job["tokens"])["input_ids"]
     batches = [{"input_ids": row[None], "attention_mask": torch.ones_like(row[None])} for row in windows]
-    loader = DataLoader(batches, batch_size=None, shuffle=False)
+    loader: DataLoader[Any] = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]  # any sequence will do
     # A pass over the model for each modifier, its default, is what AWQ before GPTQ needs: in one pass for both, GPTQ
     # would take its Hessians from the inputs as they were before AWQ scaled them.
     oneshot(model=model, recipe=recipe, dataset=loader, num_calibration_samples=len(batches), pipeline="independent")
