@@ -3,7 +3,9 @@
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import click
@@ -136,24 +138,50 @@ def test_nothing_there_to_inspect_is_one_line(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system too small for the result."""
+    """A file system of 4 MiB: enough for the result."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=120k", "tmpfs", disk], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", disk], capture_output=True)
     if mounted.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     yield disk
     subprocess.run(["umount", disk], check=True)
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing_that_looks_complete(
+def _quantize_on(disk: Path, model: Path, text: Path) -> "subprocess.Popen[str]":
+    command = [
+        sys.executable, "-m", "quantkit.cli", "quantize", model, "--out", disk / "out", "--calibration", text,
+        "--samples", "4", "--length", "64", "--group-size", "32",
+    ]  # fmt: skip
+    return subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+
+
+def _fill(disk: Path) -> None:
+    filler = os.open(disk / "filler", os.O_WRONLY | os.O_CREAT)
+    with suppress(OSError):
+        while os.write(filler, bytes(4096)):
+            pass
+    os.close(filler)
+
+
+def test_a_disk_too_small_is_refused_before_any_work(
     small_disk: Path, tiny_llama: Path, texts: tuple[Path, Path]
 ) -> None:
-    command = [
-        sys.executable, "-m", "quantkit.cli", "quantize", tiny_llama, "--out", small_disk / "out", "--calibration",
-        texts[0], "--samples", "4", "--length", "64", "--group-size", "32",
-    ]  # fmt: skip
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=dict(os.environ))
-    assert done.returncode == 2, done.stderr
-    assert "disk is full" in done.stderr and "Traceback" not in done.stderr
+    (small_disk / "filler").write_bytes(bytes(3900 << 10))
+    process = _quantize_on(small_disk, tiny_llama, texts[0])
+    _, said = process.communicate(timeout=900)
+    assert process.returncode == 2 and "are free: lower the calibration's samples" in said, said
+    assert "layer" not in said
+
+
+def test_a_disk_that_fills_is_one_line_and_leaves_nothing_that_looks_complete(
+    small_disk: Path, tiny_llama: Path, texts: tuple[Path, Path]
+) -> None:
+    process = _quantize_on(small_disk, tiny_llama, texts[0])
+    while process.poll() is None and not (small_disk / "out" / ".partial" / "layers").exists():
+        time.sleep(0.002)
+    _fill(small_disk)
+    _, said = process.communicate(timeout=900)
+    assert process.returncode == 2, said
+    assert "disk is full" in said and "Traceback" not in said
     assert not (small_disk / "out" / "quantkit.json").exists()

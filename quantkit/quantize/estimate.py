@@ -20,7 +20,7 @@ class Need(NamedTuple):
     disk: int
 
     def __str__(self) -> str:
-        return f"{self.memory / 2**30:.1f} GiB of memory, {self.disk / 2**30:.1f} GiB of disk"
+        return f"{_spoken(self.memory)} of memory, {_spoken(self.disk)} of disk"
 
 
 def need(arch: Architecture, settings: Settings, *, samples: int, length: int, compute_bytes: int) -> Need:
@@ -58,13 +58,13 @@ def check_room(needed: Need, folder: Path) -> None:
     problems = []
     if needed.memory > memory:
         problems.append(
-            f"quantization needs about {needed.memory / 2**30:.1f} GiB of memory and this machine gives "
-            f"{memory / 2**30:.1f}: lower the calibration's length, or take a larger machine"
+            f"quantization needs about {_spoken(needed.memory)} of memory and this machine gives "
+            f"{_spoken(memory)}: lower the calibration's length, or take a larger machine"
         )
     if needed.disk > free_disk:
         problems.append(
-            f"quantization needs about {needed.disk / 2**30:.1f} GiB on the disk of {folder}, and "
-            f"{free_disk / 2**30:.1f} are free: lower the calibration's samples, or give --out on another disk"
+            f"quantization needs about {_spoken(needed.disk)} on the disk of {folder}, and "
+            f"{_spoken(free_disk)} are free: lower the calibration's samples, or give --out on another disk"
         )
     raise_all(problems)
 
@@ -77,3 +77,7 @@ def _memory_limit() -> int:
     except OSError:
         return machine
     return min(machine, int(limit)) if limit.isdigit() else machine
+
+
+def _spoken(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"

@@ -26,14 +26,14 @@ def main(folder: Path) -> None:
     import gptqmodel  # noqa: F401 (imported here to be counted as an import)
 
     import_cpu_s = cpu_seconds()
-    quantize(job)
+    notes = [f"GPTQMODEL_CPU_WORKERS={workers}, because it fails with one worker, its default on two cores"]
+    notes += quantize(job)
     cpu_s = cpu_seconds()
     result = {
         "engine": "gptqmodel", "version": version("gptqmodel"), "method": job["method"], "format": "gptq",
         "cpu_s": cpu_s, "import_cpu_s": import_cpu_s, "quantize_cpu_s": cpu_s - import_cpu_s,
         "wall_s": time.monotonic() - started,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "notes": [f"GPTQMODEL_CPU_WORKERS={workers}, because it fails with one worker, its default on two cores"],
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "notes": notes,
     }  # fmt: skip
     temporary = folder / ".result.json.tmp"
     temporary.write_text(json.dumps(result, indent=2))
@@ -46,14 +46,15 @@ def cpu_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
 
-def quantize(job: dict[str, Any]) -> None:
-    """Write the quantized checkpoint."""
+def quantize(job: dict[str, Any]) -> list[str]:
+    """Write the quantized checkpoint; returns what was patched besides the number of workers."""
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
     from gptqmodel.quantization import GPTAQConfig
     from safetensors.torch import load_file
     from transformers import set_seed
 
+    notes = []
     torch.set_num_threads(job["threads"])
     set_seed(job["seed"])
     scheme, source, out = job["scheme"], Path(job["checkpoint"]), Path(job["out"])
@@ -71,22 +72,34 @@ def quantize(job: dict[str, Any]) -> None:
     # as they are, in their order: the engine would sort them, and leave out those of ten tokens or fewer
     engine.quantize(batches, batch_size=1, calibration_sort=None, calibration_data_min_length=0)
 
-    check_zero_points(engine.model, scheme["bits"])
+    if restore_zero_points(engine.model, scheme["bits"]):
+        notes.append("zero points that it spoils beside a zero point 0 are stored as they were")
     engine.model.to(torch.float16)
     engine.save(str(out))
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)
+    return notes
 
 
-def check_zero_points(model: Any, bits: int) -> None:
-    """Refuse a zero point 0: saving takes 1 from each int32 as one number, and the borrow spoils a neighbour."""
+def restore_zero_points(model: Any, bits: int) -> bool:
+    """Store each zero point less 1 by itself, as readers expect; True where that changes anything.
+
+    The engine takes 1 from all that share an int32 at once, and the borrow of a zero point 0 spoils its neighbour.
+    """
     import torch
 
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    changed = False
+    shifts = torch.arange(0, 32, bits)
     for name, buffer in model.named_buffers():
-        if name.endswith(".qzeros") and bool(((buffer.cpu()[..., None] >> shifts) % 2**bits == 0).any()):
-            raise ValueError(f"{name} has a zero point 0, which GPTQModel can not store: use a symmetric scheme")
+        if name.endswith(".qzeros"):
+            together = buffer.long().cpu() + sum(1 << shift for shift in shifts.tolist())
+            zero_points = (together[..., None] >> shifts) % 2**bits
+            stored = (((zero_points - 1) % 2**bits) << shifts).sum(-1).to(buffer)
+            changed |= not torch.equal(stored, buffer)
+            with torch.inference_mode():  # in which the engine made it
+                buffer.copy_(stored)
+    return changed
 
 
 if __name__ == "__main__":
