@@ -74,11 +74,11 @@ def quantize(job: dict[str, Any]) -> None:
         for file in Path(folder).iterdir():
             file.replace(out / file.name)
         Path(folder).rmdir()
-    # On a processor without bfloat16 it computes in float32, and leaves what it does not quantize so.
+    # It computes in bfloat16, or float32 on a processor without, and leaves what it does not quantize so.
     for shard in out.glob("*.safetensors"):
         tensors = load_file(shard)
-        narrow = {name: tensor.half() if tensor.dtype == torch.float32 else tensor for name, tensor in tensors.items()}
-        save_file(narrow, shard, metadata={"format": "pt"})
+        halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+        save_file(halves, shard, metadata={"format": "pt"})
     for pattern in COMPANIONS:
         for file in source.glob(pattern):
             shutil.copyfile(file, out / file.name)
