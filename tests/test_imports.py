@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1] / "quantkit"
 # Lower rooms first. A module may import modules of lower rooms and of its own, never of a higher one.
 ROOMS = [
     {"errors", "__init__"},
-    {"provenance", "progress", "formats", "hardware"},
+    {"provenance", "progress", "formats", "hardware", "losses"},
     {"quantization_config", "vllm_support"},
     {"artifacts", "architecture"},
     {"recipe", "checkpoint", "decoder", "text", "gguf", "vllm_environment", "vllm_plugin", "vllm_kernel"},
@@ -21,7 +21,7 @@ ROOMS = [
 ]
 # What is pure maths imports torch, the standard library, and each other.
 PURE = {"formats", "quantization_config", "vllm_support", "quantize.grid", "quantize.gptq", "quantize.awq"}
-PURE |= {"draft.losses"}
+PURE |= {"losses"}
 
 
 def _modules() -> dict[str, Path]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from quantkit.checkpoint import Checkpoint
 from quantkit.conversations import Exchange
 from quantkit.draft.acceptance import Acceptance, simulate_greedy, total
-from quantkit.draft.losses import chunked_forward_kl
 from quantkit.hardware import compute_dtype
+from quantkit.losses import chunked_forward_kl
 from quantkit.progress import Report
 
 

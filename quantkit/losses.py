@@ -1,4 +1,7 @@
-"""How far a draft's next-token distribution is from the target's: pure functions of logits, nats a token."""
+"""How far one model's next-token distribution is from another's: pure functions of logits, nats a token.
+
+What learns is called the draft, what it learns from the target: a small model or a quantized copy of the target itself.
+"""
 
 from typing import Any
 

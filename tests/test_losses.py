@@ -2,7 +2,7 @@
 
 import torch
 
-from quantkit.draft.losses import chunked_forward_kl, forward_kl
+from quantkit.losses import chunked_forward_kl, forward_kl
 
 
 def test_forward_kl_is_the_sum_over_the_vocabulary() -> None:
