@@ -9,6 +9,8 @@ residual stream can make up for the stream's own drift R = h - h~ as well: W' ga
 import torch
 from torch import Tensor
 
+from quantkit.quantize.gptq import shrunk
+
 
 def target_weight(
     weight_OI: Tensor,
@@ -17,6 +19,7 @@ def target_weight(
     residual_OI: Tensor | None = None,
     *,
     strength: float,
+    shrinkage: float = 0.0,
     damping: float = 0.01,
 ) -> Tensor:
     """The weight whose rounding makes up for the drift so far: float32 [out_features, in_features].
@@ -27,6 +30,9 @@ def target_weight(
     residual_OI: mean of (h - h~) x~^T, the drift of the residual stream that the linear adds to; None where it
         adds to none.
     strength: the share of the drift to make up for, 0..1. What a finite calibration set shows of it is partly noise.
+    shrinkage: of all three means towards what each input says alone (`gptq.shrunk`; the residual has no diagonal and
+        goes towards 0). One layer after another fits its correction to the same tokens: without it the whole model
+        knows them by heart, and is the worse on others.
     damping: fraction of the Gram matrix's mean diagonal added to its diagonal.
 
     Raises ValueError when strength is not in 0..1 or the damped Gram matrix is not positive definite.
@@ -34,10 +40,10 @@ def target_weight(
     if not 0 <= strength <= 1:
         raise ValueError(f"strength is {strength}: choose 0 to 1")
     weight_OI = weight_OI.float()
-    wanted_OI = weight_OI @ cross_II
+    wanted_OI = weight_OI @ shrunk(cross_II, shrinkage)
     if residual_OI is not None:
-        wanted_OI = wanted_OI + residual_OI
-    damped_II = gram_II.clone()
+        wanted_OI = wanted_OI + (1 - shrinkage) * residual_OI
+    damped_II = shrunk(gram_II, shrinkage).clone()
     damped_II.diagonal().add_(damping * gram_II.diagonal().mean())
     lower_II, info = torch.linalg.cholesky_ex(damped_II)
     if int(info):

@@ -120,6 +120,24 @@ def gptq(
     return GptqResult(QuantizedWeight(integers_OI, grid), int(dead_I.sum()), damping)
 
 
+def shrunk(gram_II: Tensor, share: float) -> Tensor:
+    """(1 - share) H + share diag(H): the Gram matrix with its off-diagonal part taken for partly chance.
+
+    A Gram matrix of few tokens understates the directions that they happened not to take, and GPTQ puts the errors just
+    there. Linear shrinkage (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices,
+    2004) towards the diagonal leaves each input's own energy as it was seen; damping adds to all inputs alike.
+
+    Raises ValueError when share is not in 0..1.
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}: choose 0 to 1")
+    if share == 0:
+        return gram_II
+    mixed_II = gram_II * (1 - share)
+    mixed_II.diagonal().copy_(gram_II.diagonal())
+    return mixed_II
+
+
 def _blocks(in_features: int, group_size: int, block_size: int) -> Iterator[tuple[int, int]]:
     """Blocks of at most block_size columns, in order. One that begins a group in its middle holds all of it.
 

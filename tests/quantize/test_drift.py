@@ -46,3 +46,19 @@ def test_bad_input_says_why() -> None:
         target_weight(weight_OI, torch.eye(8), torch.zeros(8, 8), strength=2)
     with pytest.raises(ValueError, match="positive definite"):
         target_weight(weight_OI, -torch.eye(8), torch.zeros(8, 8), strength=1)
+
+
+def test_shrinkage_takes_less_noise_for_drift() -> None:
+    """A residual drift that has nothing to do with the inputs leaves the original weight the right answer."""
+    weight_OI, _, seen_NI, _ = data()
+    residual_NO = 3 * torch.randn(200, 6, generator=torch.Generator().manual_seed(1))
+    gram_II, residual_OI = seen_NI.T @ seen_NI / 200, residual_NO.T @ seen_NI / 200
+
+    def error(shrinkage: float) -> float:
+        found_OI = target_weight(
+            weight_OI, gram_II, torch.zeros(8, 8), residual_OI, strength=1, shrinkage=shrinkage
+        )  # fmt: skip
+        return float((seen_NI @ (found_OI - weight_OI).T).square().mean())
+
+    assert error(1.0) == 0
+    assert 0 < error(0.4) < 0.7 * error(0.0)

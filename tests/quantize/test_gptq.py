@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import Grid, QuantizedWeight, dequantize
-from quantkit.quantize.gptq import MAX_DAMPING, gptq
+from quantkit.quantize.gptq import MAX_DAMPING, gptq, shrunk
 from quantkit.quantize.grid import fit_grid, minmax_grid, round_to_grid
 
 
@@ -207,3 +207,15 @@ def test_wrong_input_is_named() -> None:
         gptq(weight_OI, hessian_II * torch.inf, bits=4, group_size=8, symmetric=True)
     with pytest.raises(ValueError, match="block_size"):
         gptq(weight_OI, hessian_II, bits=4, group_size=8, symmetric=True, block_size=0)
+
+
+def test_a_shrunk_gram_matrix_keeps_its_diagonal() -> None:
+    _, hessian_II = problem(16)
+    found_II = shrunk(hessian_II, 0.25)
+    assert torch.equal(found_II.diagonal(), hessian_II.diagonal())
+    off_II = ~torch.eye(24, dtype=torch.bool)
+    torch.testing.assert_close(found_II[off_II], 0.75 * hessian_II[off_II])
+    assert torch.equal(shrunk(hessian_II, 1.0), hessian_II.diagonal().diag())
+    assert shrunk(hessian_II, 0.0) is hessian_II
+    with pytest.raises(ValueError, match="share is 1.5"):
+        shrunk(hessian_II, 1.5)
