@@ -74,7 +74,7 @@ def main(
 ) -> None:  # fmt: skip
     """Run the rows that have no result yet, and print the table of all that have one."""
     torch.set_num_threads(threads)
-    out = out.resolve()
+    out, checkpoint, environments = out.resolve(), checkpoint.resolve(), environments.resolve()
     out.mkdir(parents=True, exist_ok=True)
     chats = {
         name: _chats(checkpoint, out / f"{name}.jsonl", count, own)
@@ -153,7 +153,7 @@ def _run(command: list[str], folder: Path, threads: int) -> dict[str, float]:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     begin_s = time.monotonic()
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=subprocess.STDOUT)
         _, status, used = os.wait4(process.pid, 0)
     if status:
         raise click.ClickException(f"{' '.join(command[:4])} failed: see {folder / 'log.txt'}")

@@ -108,10 +108,10 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 @_out
 @click.option(
     "--effort",
-    type=click.Choice(["fast", "default"]),
+    type=click.Choice(["fast", "default", "high"]),
     default="default",
     show_default=True,
-    help="fast: GPTQ. default: AWQ's scales, GPTQ's integers, drift correction.",
+    help="fast: GPTQ. default: AWQ's scales, GPTQ's integers, drift correction. high: then the scales learn.",
 )
 @click.option("--method", type=click.Choice(["gptq", "awq", "awq+gptq"]), help="Instead of the effort's.")
 @click.option(

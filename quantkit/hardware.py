@@ -1,10 +1,15 @@
 """What this machine's processor multiplies fast, and what vLLM's CPU build finds no kernels for on it."""
 
+import ctypes
 import functools
+import platform
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_KEPT_BYTES = 64 << 20  # what is larger is given back: its pages cost little beside the work on them
 
 
 def compute_dtype(device: str) -> "torch.dtype":
@@ -18,6 +23,18 @@ def compute_dtype(device: str) -> "torch.dtype":
     if device != "cpu":
         return torch.bfloat16
     return torch.bfloat16 if _cpu_has("avx512_bf16", "amx_bf16", "bf16") else torch.float32
+
+
+def keep_freed_memory() -> None:
+    """Have the C library keep large blocks that are freed for the next request instead of giving them back.
+
+    Tensors come and go by the megabyte; by default each is mapped anew and every page of it faulted in and zeroed: a
+    fifth of the CPU time of a forward pass of a small model. Only glibc is told; elsewhere nothing happens.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def lacks_avx512() -> bool:

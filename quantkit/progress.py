@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, TaskID
 
-Report = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+# What is being done, steps done, steps in all: 0 where nobody knows, LINE for what is said once and stays to be read.
+Report = Callable[[str, int, int], None]
+LINE = -1
 
 
 def silent(what: str, done: int, total: int) -> None:
@@ -51,6 +53,9 @@ class Display:
         self.console.print(f"[green]done[/] [bold]{title}[/] in {spoken(time.monotonic() - begin_s)}")
 
     def _update(self, progress: "Progress", task: "TaskID", title: str, what: str, done: int, total: int) -> None:
+        if total == LINE:
+            self.console.print(f"  {title}: {what}", highlight=False)
+            return
         known = progress.tasks[progress.task_ids.index(task)]
         if known.description != what and known.description != "starting":
             progress.reset(task, description=what, total=total or None, completed=done)  # a new step: its own clock

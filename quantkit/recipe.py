@@ -54,15 +54,17 @@ class TextWindows(Section):
 class Quantize(Section):
     """4-bit weights: effort and method choose the integers, the format stores them."""
 
-    effort: Literal["fast", "default"] = "default"
+    effort: Literal["fast", "default", "high"] = "default"
     method: Method | None = None  # the effort's
     drift_correction: Annotated[float, Field(ge=0, le=1)] | None = None  # the effort's
+    tuning_epochs: Annotated[int, Field(ge=0)] | None = None  # the effort's
     format: FormatName = "compressed-tensors"
     bits: Literal[4, 8] = 4
     group_size: int = 128  # -1: one group a row
     symmetric: bool = False
     act_order: bool = True
     damping: PositiveFloat = 0.01
+    shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.4
 
     @model_validator(mode="after")
     def _group(self) -> "Quantize":

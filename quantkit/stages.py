@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from quantkit import artifacts, hardware, text
 from quantkit.artifacts import Kind, Manifest, Work
 from quantkit.errors import GateFailed, QuantkitError
-from quantkit.progress import Display, Report
+from quantkit.progress import LINE, Display, Report
 from quantkit.recipe import Draft, Evaluate, Quantize, Serve, TextWindows
 
 
@@ -80,15 +80,20 @@ def quantize(
             length=calibration.length, seed=seed,
             written=_written(calibration, checkpoint, seed=seed, folder=work.partial, report=report),
         )  # fmt: skip
-        compute = hardware.compute_dtype(device).itemsize
+        hardware.keep_freed_memory()
+        compute = hardware.compute_dtype(device)
         shape_ST = tuple(windows.input_ids_ST.shape)
-        needed = estimate.need(source.arch, plan, samples=shape_ST[0], length=shape_ST[1], compute_bytes=compute)
-        report(f"needs about {needed}", 0, 0)
+        needed = estimate.need(
+            source.arch, plan, samples=shape_ST[0], length=shape_ST[1], compute_bytes=compute.itemsize,
+            speed=estimate.speed(device, compute),
+        )  # fmt: skip
+        report(f"needs about {needed}", 0, LINE)
         estimate.check_room(needed, work.out)
         checkpoints.check_finite(source, lambda done, total: report("checking the weights, tensor", done, total))
         layers = work.partial / "layers"
-        hand_out(stream.Order(source.path, windows, plan, layers))
+        hand_out(stream.Order(source.path, windows, plan, layers, seed))
         notes = stream.quantize_layers(source, windows, plan, folder=layers, device=device, report=report)
+        tuned = stream.tune_scales(source, windows, plan, folder=layers, seed=seed, device=device, report=report)
         report("writing", 0, 0)
         stream.write_checkpoint(source, plan, folder=layers, out=work.out)
         checkpoints.open_checkpoint(work.out, quantized=True)
@@ -101,6 +106,8 @@ def quantize(
             "estimated": needed._asdict(),
             "method": plan.method,
             "drift_correction": plan.drift_correction,
+            "shrinkage": plan.shrinkage,
+            "tuning_kl_nats": [round(kl, 6) for kl in tuned],
             "linears": [note._asdict() for note in notes],
         }
 

@@ -1,36 +1,65 @@
-"""What quantization will need before it begins: memory, disk, and whether they are there."""
+"""What quantization will need before it begins: memory, disk and time, and whether the first two are there."""
 
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import NamedTuple
 
-from quantkit.architecture import Architecture, linear_shapes
+import torch
+
+from quantkit.architecture import INPUT_GROUPS, Architecture, linear_shapes
 from quantkit.errors import raise_all
+from quantkit.progress import spoken
 from quantkit.quantize.gptq import FLOAT64_IN_FEATURES
 from quantkit.quantize.layer import BATCH, Settings
+from quantkit.quantize.tune import Plan
 
 _PROCESS = 700 << 20  # torch, transformers and a tokenizer, before any weight is read
 
 
 class Need(NamedTuple):
-    """Bytes at the peak, of one process; states in mapped files count as disk, not as memory."""
+    """Bytes at the peak, of one process; states in mapped files count as disk, not as memory. Seconds of wall time."""
 
     memory: int
     disk: int
+    seconds: float = 0.0
 
     def __str__(self) -> str:
-        return f"{_spoken(self.memory)} of memory, {_spoken(self.disk)} of disk"
+        return f"{_spoken(self.memory)} of memory, {_spoken(self.disk)} of disk, {spoken(self.seconds)}"
 
 
-def need(arch: Architecture, settings: Settings, *, samples: int, length: int, compute_bytes: int) -> Need:
-    """The most that quantizing a checkpoint of this architecture takes; the same for 8 layers and for 80.
+class Speed(NamedTuple):
+    """Operations a second of matrix products: of the type that linears run in, and of float32."""
 
-    compute_bytes: of an element of the type that linears run in, 2 or 4.
+    compute: float
+    float32: float
+
+
+def speed(device: str, dtype: torch.dtype) -> Speed:
+    """Measured on this machine, in a quarter of a second a type."""
+
+    def of(dtype: torch.dtype) -> float:
+        left, right = (torch.ones(1024, 1024, dtype=dtype, device=device) for _ in range(2))
+        begin_s, done = time.monotonic(), 0
+        while (spent_s := time.monotonic() - begin_s) < 0.25:
+            float((left @ right)[0, 0])  # waits for a GPU
+            done += 1
+        return done * 2 * 1024**3 / spent_s
+
+    return Speed(of(dtype), of(torch.float32))
+
+
+def need(
+    arch: Architecture, settings: Settings, *, samples: int, length: int, compute_bytes: int, speed: Speed | None = None
+) -> Need:
+    """The most that quantizing a checkpoint of this architecture takes; its memory is the same for 8 layers and for 80.
+
+    compute_bytes: of an element of the type that linears run in, 2 or 4. Without a speed, the time is 0.
     """
     shapes = linear_shapes(arch)
     layer = sum(rows * columns for rows, columns in shapes.values())
-    streams = 2 if settings.drift_correction else 1
+    streams = len(settings.streams)
     widest = max(columns for _, columns in shapes.values())
     # the layer as it was and as it becomes, and a copy to run for each stream where that is another type
     weights = layer * (4 + 4 + (streams * compute_bytes if compute_bytes != 4 else 0))
@@ -41,10 +70,32 @@ def need(arch: Architecture, settings: Settings, *, samples: int, length: int, c
     activations = BATCH * length * (3 * arch.intermediate_size + 4 * arch.hidden_size) * 4
     tokens = samples * length
     inside = tokens * (arch.num_heads * arch.head_dim * compute_bytes + arch.hidden_size * 4) * streams
+    inside += tokens * arch.intermediate_size * compute_bytes  # what down_proj reads, of one stream
     states = 2 * streams * tokens * arch.hidden_size * 4
     outer = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     packed = arch.num_layers * layer * (settings.bits + 0.5) / 8 + outer * 2
-    return Need(_PROCESS + weights + sums + factor + stacked + activations, round(inside + states + 2 * packed))
+    disk = inside + states + 2 * packed
+    if settings.tuning_epochs:
+        learning = arch.num_layers * layer / (settings.group_size if settings.group_size > 0 else arch.hidden_size)
+        kept = (arch.num_layers + 1) * Plan().batch_size * length * arch.hidden_size * 4
+        disk += packed + arch.num_layers * layer + learning * (4 + 2 * 3) * 4 + kept
+    seconds = _seconds(arch, settings, tokens, speed) if speed else 0.0
+    return Need(_PROCESS + weights + sums + factor + stacked + activations, round(disk), seconds)
+
+
+def _seconds(arch: Architecture, settings: Settings, tokens: int, speed: Speed) -> float:
+    """From the products alone, and half as much again for all that is no product."""
+    shapes = linear_shapes(arch)
+    forward = 2 * tokens * sum(rows * columns for rows, columns in shapes.values())  # of a layer
+    widths = [shapes[names[0]][1] for names in INPUT_GROUPS]
+    streams = len(settings.streams)
+    gram = 2 * tokens * sum(width * width for width in widths) * (5 / 8 + (settings.drift_correction > 0))
+    choosing = sum(2 * rows * columns * columns for rows, columns in shapes.values())  # GPTQ's updates
+    choosing += sum(3 * width**3 for width in widths) * (2 if settings.drift_correction else 1)
+    layer = (2 * streams * forward) / speed.compute + (gram + choosing) / speed.float32
+    head = 2 * 3 * tokens * arch.hidden_size * arch.vocab_size
+    epoch = (4 * forward * arch.num_layers + head) / speed.compute
+    return 1.5 * (layer * arch.num_layers + epoch * settings.tuning_epochs)
 
 
 def check_room(needed: Need, folder: Path) -> None:

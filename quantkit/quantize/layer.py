@@ -19,11 +19,24 @@ from quantkit.formats import Grid, QuantizedWeight
 from quantkit.quantize import ranks, states
 from quantkit.quantize.awq import awq, search_scale
 from quantkit.quantize.drift import target_weight
-from quantkit.quantize.gptq import gptq
+from quantkit.quantize.gptq import gptq, shrunk
 
 BATCH = 4  # samples a forward pass
-# Method and drift correction: `default` takes about twice the time of `fast` for about 0.7 of its KL.
-EFFORTS = {"fast": ("gptq", 0.0), "default": ("awq+gptq", 0.5)}
+
+
+class Effort(NamedTuple):
+    """What an effort stands for where nothing else is asked for."""
+
+    method: str
+    drift_correction: float
+    tuning_epochs: int
+
+
+EFFORTS = {
+    "fast": Effort("gptq", 0.0, 0),
+    "default": Effort("awq+gptq", 0.7, 0),
+    "high": Effort("awq+gptq", 0.7, 4),
+}
 # How AWQ's scales are searched when GPTQ follows and makes up for errors across groups: an eighth of the time.
 _BEFORE_GPTQ: dict[str, Any] = {"steps": 10, "within_groups": True, "max_rows": 1024}
 
@@ -38,16 +51,19 @@ class Settings(NamedTuple):
     symmetric: bool
     act_order: bool
     damping: float
+    shrinkage: float = 0.0  # of the Gram matrix towards its diagonal, before GPTQ and drift correction
     drift_correction: float = 0.0  # share of the drift so far that a linear makes up for
+    tuning_epochs: int = 0  # passes of `tune` over the calibration windows
 
     @classmethod
-    def of(
-        cls, *, effort: str, method: str | None = None, drift_correction: float | None = None, **scheme: Any
-    ) -> "Settings":
-        """The settings of an effort; a method or a share of drift correction that is given wins over the effort's."""
-        usual_method, usual_drift = EFFORTS[effort]
-        drift = usual_drift if drift_correction is None else drift_correction
-        return cls(method=method or usual_method, drift_correction=drift, **scheme)
+    def of(cls, *, effort: str, **given: Any) -> "Settings":
+        """The settings of an effort; what is given, and not None, wins over the effort's."""
+        return cls(**EFFORTS[effort]._asdict() | {name: value for name, value in given.items() if value is not None})
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        """Whose hidden states go through the layers: the quantized model's, and the original's to compare with."""
+        return ("quantized", "original") if self.drift_correction or self.tuning_epochs else ("quantized",)
 
 
 class LinearNote(NamedTuple):
@@ -68,6 +84,7 @@ class Run:
         self.hidden_STC = hidden_STC
         self.context_STD: Tensor | None = None  # what o_proj reads
         self.middle_STC: Tensor | None = None  # the residual stream between attention and MLP
+        self.inner_STF: Tensor | None = None  # what down_proj reads, where it is kept
 
 
 class _Inputs(NamedTuple):
@@ -127,13 +144,13 @@ class Layer:
             producer="post_attention_layernorm",
         )  # fmt: skip
         self._quantize_group(
-            down, self._gated, producer="mlp.up_proj", residual=lambda run, part: self._part(run.middle_STC, part)
+            down, self._keep_gated, producer="mlp.up_proj", residual=lambda run, part: self._part(run.middle_STC, part)
         )
 
     def outputs(self, run: Run, out_STC: Tensor) -> None:
         """Write the states after the layer; they may stand where those before it stood."""
         for part in self._parts():
-            inner = self._gated(run, part)
+            inner = self._gated(run, part) if run.inner_STF is None else self._part(run.inner_STF, part)
             middle = self._part(run.middle_STC, part)
             out_STC[part] = (middle + decoder.linear(run.weights, "mlp.down_proj", inner)).cpu()
 
@@ -147,6 +164,18 @@ class Layer:
 
     def _gated(self, run: Run, part: slice) -> Tensor:
         return decoder.gated(run.weights, decoder.mlp_input(run.weights, self.arch, self._part(run.middle_STC, part)))
+
+    def _keep_gated(self, run: Run, part: slice) -> Tensor:
+        """`_gated`, kept for `outputs` on a CPU, where it takes longer to compute than to read from a file.
+
+        Not where up_proj will take in a scale and give something else.
+        """
+        inner = self._gated(run, part)
+        if self.device.type == "cpu" and (run is self.reference or self.settings.method == "gptq"):
+            if run.inner_STF is None:
+                run.inner_STF = self._scratch(run, "inner", self.arch.intermediate_size, self.dtype)
+            run.inner_STF[part] = inner
+        return inner
 
     def _attend(self, run: Run | None) -> None:
         if run is None:
@@ -180,8 +209,9 @@ class Layer:
         gram_II, exponent = inputs.gram_II, None
         if inputs.cross_II is not None:
             weight_OI = target_weight(
-                weight_OI, gram_II, inputs.cross_II, inputs.residual_CI, strength=self.settings.drift_correction
-            )
+                weight_OI, gram_II, inputs.cross_II, inputs.residual_CI, strength=self.settings.drift_correction,
+                shrinkage=self.settings.shrinkage,
+            )  # fmt: skip
         if self.settings.method != "gptq":
             scale_I, exponent = self._search(names, weight_OI, inputs)
             self._fold(producer, scale_I)
@@ -203,21 +233,25 @@ class Layer:
         sums: dict[str, Tensor] = {}
 
         def add(name: str, left_NJ: Tensor, right_NI: Tensor) -> None:
-            if name in sums:
-                sums[name].addmm_(left_NJ.T, right_NI)
-            else:
-                sums[name] = left_NJ.T @ right_NI
+            if name not in sums:
+                sums[name] = torch.zeros(left_NJ.shape[1], right_NI.shape[1], device=self.device)
+            sums[name].addmm_(left_NJ.T, right_NI)
 
         for part in self._parts():
             x_NI = read(self.run, part).flatten(0, 1).float()
-            add("gram", x_NI, x_NI)
-            sums["abs"] = sums.get("abs", 0) + x_NI.abs().sum(0)
-            if self.reference is not None:
+            if "gram" not in sums:
+                sums["gram"] = torch.zeros(x_NI.shape[1], x_NI.shape[1], device=self.device)
+                sums["abs"] = torch.zeros(x_NI.shape[1], device=self.device)
+            _add_gram(sums["gram"], x_NI)
+            sums["abs"] += x_NI.abs().sum(0)
+            if self.reference is not None and self.settings.drift_correction:
                 add("cross", read(self.reference, part).flatten(0, 1).float() - x_NI, x_NI)
                 if residual is not None:
                     add("residual", (residual(self.reference, part) - residual(self.run, part)).flatten(0, 1), x_NI)
         count = ranks.sum_up(sums, self.run.hidden_STC.shape[0] * self.run.hidden_STC.shape[1])
-        means = {name: tensor / count for name, tensor in sums.items()}
+        means = {name: tensor.div_(count) for name, tensor in sums.items()}
+        gram_II = means["gram"]
+        gram_II.copy_(gram_II.triu() + gram_II.triu(1).T)
         return _Inputs(means["gram"], means["abs"], means.get("cross"), means.get("residual"))
 
     def _choose(self, weight_OI: Tensor, gram_II: Tensor) -> tuple[QuantizedWeight, float]:
@@ -227,8 +261,8 @@ class Layer:
             bits, symmetric = settings.bits, settings.symmetric
             return awq(weight_OI, gram_II, bits=bits, group_size=group_size, symmetric=symmetric), 0.0
         result = gptq(
-            weight_OI, gram_II, bits=settings.bits, group_size=group_size, symmetric=settings.symmetric,
-            act_order=settings.act_order, damping=settings.damping,
+            weight_OI, shrunk(gram_II, settings.shrinkage), bits=settings.bits, group_size=group_size,
+            symmetric=settings.symmetric, act_order=settings.act_order, damping=settings.damping,
         )  # fmt: skip
         return result.quantized, result.damping
 
@@ -265,6 +299,14 @@ class Layer:
     def _set(self, name: str, tensor: Tensor) -> None:
         self.weights[name] = tensor
         self.run.weights[name] = tensor.to(self.dtype)
+
+
+def _add_gram(gram_II: Tensor, x_NI: Tensor) -> None:
+    """Add X^T X to the blocks on and above the diagonal: five eighths of the products; those below are equal."""
+    width = x_NI.shape[1]
+    step = max(-(-width // 4), 1)
+    for begin in range(0, width, step):
+        gram_II[begin : begin + step, begin:].addmm_(x_NI[:, begin : begin + step].T, x_NI[:, begin:])
 
 
 def _rows(quantized: QuantizedWeight, rows: slice) -> QuantizedWeight:

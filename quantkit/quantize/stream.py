@@ -18,11 +18,13 @@ from quantkit import artifacts, decoder, formats, hardware, quantization_config,
 from quantkit.architecture import INPUT_GROUPS, layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint, copy_companions, open_checkpoint, save_tensors, write_weights
 from quantkit.errors import QuantkitError, raise_all
-from quantkit.formats import QuantizedWeight
+from quantkit.formats import QuantizedWeight, Storage
 from quantkit.progress import Report, silent
-from quantkit.quantize import ranks, states
+from quantkit.quantize import ranks, states, tune
 from quantkit.quantize.layer import Layer, LinearNote, Settings
 from quantkit.tokens import TokenSet
+
+_TUNED = "tuned"  # where the layers lie whose scales have learned, beside those as they were quantized
 
 
 def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
@@ -47,7 +49,7 @@ def quantize_layers(
     """
     arch = checkpoint.arch
     folder.mkdir(parents=True, exist_ok=True)
-    own = folder / f"rank-{ranks.rank()}-of-{ranks.world_size()}"
+    own = _own(folder)
     own.mkdir(exist_ok=True)
     # Calibration inputs need no more than bfloat16: what rounds them is far below what 4 bits round away. Weights, Gram
     # matrices and residual stream stay float32.
@@ -75,13 +77,29 @@ def quantize_layers(
     return [note for index in range(arch.num_layers) for note in _read_notes(folder, index)]
 
 
+def tune_scales(
+    checkpoint: Checkpoint, tokens: TokenSet, settings: Settings, *, folder: Path, seed: int, device: str,
+    report: Report,
+) -> list[float]:  # fmt: skip
+    """After `quantize_layers`, let the scales learn; KL to the original by epoch. Every rank calls it, as that."""
+    if not settings.tuning_epochs:
+        return []
+    learned = tune.tune(
+        checkpoint, ranks.share(tokens.input_ids_ST), tune.Plan(epochs=settings.tuning_epochs), storage(settings),
+        seed=seed, layers=folder, own=_own(folder), out=folder / _TUNED, device=device,
+        dtype=hardware.compute_dtype(device), report=report,
+    )  # fmt: skip
+    return learned.kl
+
+
 class Order(NamedTuple):
-    """What rank 0 hands to the others: the arguments of `quantize_layers`."""
+    """What rank 0 hands to the others: the arguments of `quantize_layers` and `tune_scales`."""
 
     checkpoint: Path
     tokens: TokenSet
     settings: Settings
     folder: Path
+    seed: int
 
 
 def follow(*, device: str) -> None:
@@ -89,7 +107,9 @@ def follow(*, device: str) -> None:
     order = ranks.receive()
     if isinstance(order, Order):
         checkpoint = open_checkpoint(order.checkpoint)
-        quantize_layers(checkpoint, order.tokens, order.settings, folder=order.folder, device=device, report=silent)
+        work = (checkpoint, order.tokens, order.settings)
+        quantize_layers(*work, folder=order.folder, device=device, report=silent)
+        tune_scales(*work, folder=order.folder, seed=order.seed, device=device, report=silent)
 
 
 def _start(
@@ -100,7 +120,7 @@ def _start(
     Raises:
         QuantkitError: layers were stored, and the states behind them are not there.
     """
-    names = ("quantized", "original") if settings.drift_correction else ("quantized",)
+    names = settings.streams
     shape = (*input_ids_ST.shape, checkpoint.arch.hidden_size)
     done = 0
     while layer_file(folder, done).exists():
@@ -127,9 +147,13 @@ def _start(
 def write_checkpoint(checkpoint: Checkpoint, settings: Settings, *, folder: Path, out: Path) -> None:
     """Put the stored layers together as a checkpoint that vLLM loads."""
 
+    tuned = folder / _TUNED
+    outer = load_file(tuned / "outer.safetensors") if settings.tuning_epochs else {}
+    folder = tuned if settings.tuning_epochs else folder
+
     def tensors() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in checkpoint.outer().items():
-            yield name, half(tensor, name)
+            yield name, outer[name] if name in outer else half(tensor, name)
         for index in range(checkpoint.arch.num_layers):
             for name, tensor in load_file(layer_file(folder, index)).items():
                 yield layer_prefix(index) + name, tensor
@@ -145,6 +169,15 @@ def write_checkpoint(checkpoint: Checkpoint, settings: Settings, *, folder: Path
     config.pop("torch_dtype", None)  # the old spelling of dtype
     artifacts.write_json(out / "config.json", config)
     copy_companions(checkpoint.path, out)
+
+
+def storage(settings: Settings) -> Storage:
+    """How the settings' linears are stored."""
+    return Storage(settings.format, settings.bits, settings.group_size, settings.symmetric)
+
+
+def _own(folder: Path) -> Path:
+    return folder / f"rank-{ranks.rank()}-of-{ranks.world_size()}"
 
 
 def layer_file(folder: Path, index: int) -> Path:
