@@ -55,6 +55,17 @@ def _display() -> Any:
 
 
 _out = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
+
+
+def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    from quantkit.quantize.estimate import parse_bytes
+
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 _fresh = click.option("--fresh", is_flag=True, help="Replace what --out holds instead of resuming or refusing.")
 _device = click.option("--device", default="cpu", show_default=True, help="torch device, for example cuda.")
@@ -130,13 +141,18 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 )
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--length", type=click.IntRange(16), default=2048, show_default=True, help="Tokens a sample.")
+@click.option(
+    "--memory-budget", callback=_size, metavar="SIZE", help="Refuse to begin where more is needed: 16GiB. Hidden "
+    "states lie in files and do not count.",
+)  # fmt: skip
 @_device
 @_seed
 @_fresh
 @_friendly
 def quantize(
     checkpoint: Path, out: Path, effort: str, method: str | None, format_: str, bits: str, group_size: int,
-    symmetric: bool, text: tuple[str, ...], samples: int, length: int, device: str, seed: int, fresh: bool,
+    symmetric: bool, text: tuple[str, ...], samples: int, length: int, memory_budget: int | None, device: str,
+    seed: int, fresh: bool,
 ) -> None:  # fmt: skip
     """4-bit weights for CHECKPOINT, stored so that vLLM loads them.
 
@@ -168,8 +184,9 @@ def quantize(
             return
         with ranks.leading() as hand_out:
             stage = stages.quantize(
-                checkpoint, calibration=windows, settings=settings, seed=seed, device=own_device, hand_out=hand_out
-            )
+                checkpoint, calibration=windows, settings=settings, seed=seed, device=own_device,
+                memory_budget=memory_budget, hand_out=hand_out,
+            )  # fmt: skip
             stages.run_stage(stage, out, display=_display(), replace=fresh)
     click.echo(str(out))
 

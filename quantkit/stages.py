@@ -62,7 +62,7 @@ def import_checkpoint(gguf: Path) -> Stage:
 
 def quantize(
     checkpoint: Path, *, calibration: TextWindows, settings: Quantize, seed: int, device: str = "cpu",
-    hand_out: Callable[[object], None] = lambda order: None,
+    memory_budget: int | None = None, hand_out: Callable[[object], None] = lambda order: None,
 ) -> Stage:  # fmt: skip
     """FP16 checkpoint -> 4-bit checkpoint that vLLM loads. `hand_out` tells other processes to help."""
 
@@ -88,7 +88,7 @@ def quantize(
             speed=estimate.speed(device, compute),
         )  # fmt: skip
         report(f"needs about {needed}", 0, LINE)
-        estimate.check_room(needed, work.out)
+        estimate.check_room(needed, work.out, memory_budget=memory_budget)
         checkpoints.check_finite(source, lambda done, total: report("checking the weights, tensor", done, total))
         layers = work.partial / "layers"
         hand_out(stream.Order(source.path, windows, plan, layers, seed))

@@ -1,6 +1,7 @@
 """What quantization will need before it begins: memory, disk and time, and whether the first two are there."""
 
 import os
+import re
 import shutil
 import time
 from pathlib import Path
@@ -98,8 +99,11 @@ def _seconds(arch: Architecture, settings: Settings, tokens: int, speed: Speed) 
     return 1.5 * (layer * arch.num_layers + epoch * settings.tuning_epochs)
 
 
-def check_room(needed: Need, folder: Path) -> None:
+def check_room(needed: Need, folder: Path, *, memory_budget: int | None = None) -> None:
     """Refuse what cannot fit.
+
+    memory_budget: bytes that may be used instead of all that the machine gives. Hidden states do not count: they lie in
+        mapped files, whose pages the kernel takes back when it wants them.
 
     Raises:
         QuantkitError: too little memory or disk, with what would need less.
@@ -107,10 +111,12 @@ def check_room(needed: Need, folder: Path) -> None:
     free_disk = shutil.disk_usage(folder).free
     memory = _memory_limit()
     problems = []
-    if needed.memory > memory:
+    if needed.memory > min(memory, memory_budget or memory):
+        giver = "this machine" if needed.memory > memory else "--memory-budget"
+        remedy = "a larger machine" if needed.memory > memory else "a larger budget"
         problems.append(
-            f"quantization needs about {_spoken(needed.memory)} of memory and this machine gives "
-            f"{_spoken(memory)}: lower the calibration's length, or take a larger machine"
+            f"quantization needs about {_spoken(needed.memory)} of memory and {giver} gives "
+            f"{_spoken(min(memory, memory_budget or memory))}: lower the calibration's length, or take {remedy}"
         )
     if needed.disk > free_disk:
         problems.append(
@@ -128,6 +134,19 @@ def _memory_limit() -> int:
     except OSError:
         return machine
     return min(machine, int(limit)) if limit.isdigit() else machine
+
+
+def parse_bytes(text: str) -> int:
+    """`16GiB`, `500 MB`, `8g` as bytes; units are powers of 1024 with an i or as one letter, of 1000 with a B alone.
+
+    Raises ValueError for anything else.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?b?)\s*", text.lower())
+    if found is None:
+        raise ValueError(f"{text!r} is no size: write it as 16GiB or 500MB")
+    number, letter, ending = found.groups()
+    base = 1000 if ending == "b" else 1024
+    return int(float(number) * base ** " kmgt".index(letter or " "))
 
 
 def _spoken(num_bytes: int) -> str:

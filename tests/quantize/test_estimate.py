@@ -61,3 +61,36 @@ def test_a_real_run_stays_below_it(make_llama, texts: tuple[Path, Path], tmp_pat
     _, status, used = os.wait4(process.pid, 0)
     assert status == 0
     assert 0.3 * expected.memory < used.ru_maxrss * 1024 < 1.2 * expected.memory
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("16GiB", 16 << 30), ("500 MB", 500_000_000), ("8g", 8 << 30), ("1.5kib", 1536), ("4096", 4096), ("2t", 2 << 40)],
+)
+def test_sizes_are_read(text: str, expected: int) -> None:
+    assert estimate.parse_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1GiB", "1 GiB 2", "GiB"])
+def test_what_is_no_size_says_so(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size"):
+        estimate.parse_bytes(text)
+
+
+def test_a_budget_is_kept(tmp_path: Path) -> None:
+    estimate.check_room(Need(1 << 20, 1 << 20), tmp_path, memory_budget=1 << 20)
+    with pytest.raises(QuantkitError, match="--memory-budget gives 1"):
+        estimate.check_room(Need(1 << 21, 1 << 20), tmp_path, memory_budget=1 << 20)
+
+
+def test_time_grows_with_depth_and_tokens_and_with_effort() -> None:
+    speed = estimate.Speed(1e12, 5e11)
+
+    def seconds(layers: int, samples: int, settings: Settings = SETTINGS) -> float:
+        return estimate.need(
+            llama(layers), settings, samples=samples, length=2048, compute_bytes=2, speed=speed
+        ).seconds  # fmt: skip
+
+    assert seconds(16, 128) == pytest.approx(2 * seconds(8, 128))
+    assert seconds(8, 128) < seconds(8, 256) < 2 * seconds(8, 128)
+    assert seconds(8, 128, SETTINGS._replace(tuning_epochs=4)) > 2 * seconds(8, 128)
