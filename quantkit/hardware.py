@@ -31,15 +31,25 @@ def keep_freed_memory() -> None:
     Tensors come and go by the megabyte; by default each is mapped anew and every page of it faulted in and zeroed: a
     fifth of the CPU time of a forward pass of a small model. Only glibc is told; elsewhere nothing happens.
     """
-    if platform.libc_ver()[0] == "glibc":
+    if _is_glibc():
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
+def give_back_freed_memory() -> None:
+    """Have the C library give back now what it kept."""
+    if _is_glibc():
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def lacks_avx512() -> bool:
     """Whether this is x86 without AVX-512, for which vLLM's CPU build has neither 4-bit kernels nor an FP8 cache."""
     return _capabilities().get("architecture") == "x86_64" and not _cpu_has("avx512_f")
+
+
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
 
 
 def _cpu_has(*names: str) -> bool:

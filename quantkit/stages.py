@@ -95,6 +95,7 @@ def quantize(
         notes = stream.quantize_layers(source, windows, plan, folder=layers, device=device, report=report)
         tuned = stream.tune_scales(source, windows, plan, folder=layers, seed=seed, device=device, report=report)
         report("writing", 0, 0)
+        hardware.give_back_freed_memory()  # a shard is put together in memory, and would come on top
         stream.write_checkpoint(source, plan, folder=layers, out=work.out)
         checkpoints.open_checkpoint(work.out, quantized=True)
         work.results |= {

@@ -16,7 +16,7 @@ from quantkit.quantize.gptq import FLOAT64_IN_FEATURES
 from quantkit.quantize.layer import BATCH, Settings
 from quantkit.quantize.tune import Plan
 
-_PROCESS = 700 << 20  # torch, transformers and a tokenizer, before any weight is read
+_PROCESS = 760 << 20  # torch, transformers and a tokenizer, before any weight is read
 
 
 class Need(NamedTuple):

