@@ -7,6 +7,7 @@ add rows or seeds. CPU seconds are of the quantization alone, without imports.
 """
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,6 @@ def main(
 def _measure(
     path: Path, windows: tokens.TokenSet, settings: Settings, judged: dict[str, tokens.TokenSet], out: Path, seed: int
 ) -> dict[str, Any]:
-    import shutil
-
     folder, made, source = out / "layers", out / "made", open_checkpoint(path)
     for stale in (folder, made):
         shutil.rmtree(stale, ignore_errors=True)

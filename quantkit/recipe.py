@@ -64,7 +64,7 @@ class Quantize(Section):
     symmetric: bool = False
     act_order: bool = True
     damping: PositiveFloat = 0.01
-    shrinkage: Annotated[float, Field(ge=0, le=1)] = 0.4
+    shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None  # by the calibration tokens an input
 
     @model_validator(mode="after")
     def _group(self) -> "Quantize":

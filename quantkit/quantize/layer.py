@@ -19,7 +19,7 @@ from quantkit.formats import Grid, QuantizedWeight
 from quantkit.quantize import ranks, states
 from quantkit.quantize.awq import awq, search_scale
 from quantkit.quantize.drift import target_weight
-from quantkit.quantize.gptq import gptq, shrunk
+from quantkit.quantize.gptq import gptq, shrunk, usual_shrinkage
 
 BATCH = 4  # samples a forward pass
 
@@ -34,8 +34,8 @@ class Effort(NamedTuple):
 
 EFFORTS = {
     "fast": Effort("gptq", 0.0, 0),
-    "default": Effort("awq+gptq", 0.7, 0),
-    "high": Effort("awq+gptq", 0.7, 4),
+    "default": Effort("awq+gptq", 0.8, 0),
+    "high": Effort("awq+gptq", 0.8, 4),
 }
 # How AWQ's scales are searched when GPTQ follows and makes up for errors across groups: an eighth of the time.
 _BEFORE_GPTQ: dict[str, Any] = {"steps": 10, "within_groups": True, "max_rows": 1024}
@@ -51,7 +51,7 @@ class Settings(NamedTuple):
     symmetric: bool
     act_order: bool
     damping: float
-    shrinkage: float = 0.0  # of the Gram matrix towards its diagonal, before GPTQ and drift correction
+    shrinkage: float | None = None  # of the Gram matrix towards its diagonal; None: by the tokens an input
     drift_correction: float = 0.0  # share of the drift so far that a linear makes up for
     tuning_epochs: int = 0  # passes of `tune` over the calibration windows
 
@@ -90,6 +90,7 @@ class Run:
 class _Inputs(NamedTuple):
     """What a group of linears was seen to read, as means over all tokens of all ranks; see `target_weight`."""
 
+    tokens: int
     gram_II: Tensor
     mean_abs_I: Tensor
     cross_II: Tensor | None
@@ -204,20 +205,23 @@ class Layer:
         residual: Callable[[Run, slice], Tensor] | None = None,
     ) -> None:  # fmt: skip
         inputs = self._observe(read, residual)
+        shrinkage = self.settings.shrinkage
+        if shrinkage is None:
+            shrinkage = usual_shrinkage(len(inputs.gram_II), inputs.tokens)
         # Rows are independent of each other: stacked, the linears share one inverse of the Gram matrix.
         weight_OI = torch.cat([self.weights[f"{name}.weight"] for name in names])
         gram_II, exponent = inputs.gram_II, None
         if inputs.cross_II is not None:
             weight_OI = target_weight(
                 weight_OI, gram_II, inputs.cross_II, inputs.residual_CI, strength=self.settings.drift_correction,
-                shrinkage=self.settings.shrinkage,
+                shrinkage=shrinkage,
             )  # fmt: skip
         if self.settings.method != "gptq":
             scale_I, exponent = self._search(names, weight_OI, inputs)
             self._fold(producer, scale_I)
             weight_OI = weight_OI * scale_I
             gram_II = gram_II / (scale_I[:, None] * scale_I)
-        quantized, damping = ranks.by_rows(lambda rows_OI: self._choose(rows_OI, gram_II), weight_OI)
+        quantized, damping = ranks.by_rows(lambda rows_OI: self._choose(rows_OI, gram_II, shrinkage), weight_OI)
         dead, begin = int((gram_II.diagonal() == 0).sum()), 0
         for name in names:
             rows = slice(begin, begin + len(self.weights[f"{name}.weight"]))
@@ -252,16 +256,16 @@ class Layer:
         means = {name: tensor.div_(count) for name, tensor in sums.items()}
         gram_II = means["gram"]
         gram_II.copy_(gram_II.triu() + gram_II.triu(1).T)
-        return _Inputs(means["gram"], means["abs"], means.get("cross"), means.get("residual"))
+        return _Inputs(count, means["gram"], means["abs"], means.get("cross"), means.get("residual"))
 
-    def _choose(self, weight_OI: Tensor, gram_II: Tensor) -> tuple[QuantizedWeight, float]:
+    def _choose(self, weight_OI: Tensor, gram_II: Tensor, shrinkage: float) -> tuple[QuantizedWeight, float]:
         """The method's integers for some rows, and the damping it took."""
         settings, group_size = self.settings, self._group_size(weight_OI.shape[1])
         if settings.method == "awq":
             bits, symmetric = settings.bits, settings.symmetric
             return awq(weight_OI, gram_II, bits=bits, group_size=group_size, symmetric=symmetric), 0.0
         result = gptq(
-            weight_OI, shrunk(gram_II, settings.shrinkage), bits=settings.bits, group_size=group_size,
+            weight_OI, shrunk(gram_II, shrinkage), bits=settings.bits, group_size=group_size,
             symmetric=settings.symmetric, act_order=settings.act_order, damping=settings.damping,
         )  # fmt: skip
         return result.quantized, result.damping

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import Grid, QuantizedWeight, dequantize
-from quantkit.quantize.gptq import MAX_DAMPING, gptq, shrunk
+from quantkit.quantize.gptq import MAX_DAMPING, gptq, shrunk, usual_shrinkage
 from quantkit.quantize.grid import fit_grid, minmax_grid, round_to_grid
 
 
@@ -219,3 +219,9 @@ def test_a_shrunk_gram_matrix_keeps_its_diagonal() -> None:
     assert shrunk(hessian_II, 0.0) is hessian_II
     with pytest.raises(ValueError, match="share is 1"):
         shrunk(hessian_II, 1.5)
+
+
+def test_more_tokens_are_shrunk_less() -> None:
+    assert usual_shrinkage(1024, 12 * 1024) == 0.5
+    assert usual_shrinkage(1024, 0) == 1
+    assert usual_shrinkage(4096, 128 * 2048) < 0.16 < usual_shrinkage(4096, 16 * 2048)
