@@ -7,7 +7,7 @@ attention run in the weights' precision; the residual stream keeps its own, so f
 weights without being rounded from layer to layer.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,16 @@ from torch.nn import functional as F
 from quantkit.architecture import Architecture
 
 Weights = Mapping[str, Tensor]
+
+
+class Watched(dict[str, Tensor]):
+    """Weights whose linears show what they give, by name, before it goes on."""
+
+    def __init__(self, weights: Weights, show: Callable[[str, Tensor], None]) -> None:
+        super().__init__(weights)
+        self.show = show
+
+
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [1, T, D]
 
 
@@ -41,7 +51,10 @@ def rms_norm(hidden_BTC: Tensor, weight_C: Tensor, epsilon: float) -> Tensor:
 def linear(weights: Weights, name: str, x_BTI: Tensor) -> Tensor:
     """x W^T + b for the linear of that name, in the weight's precision."""
     weight_OI = weights[f"{name}.weight"]
-    return F.linear(x_BTI.to(weight_OI.dtype), weight_OI, weights.get(f"{name}.bias"))
+    output_BTO = F.linear(x_BTI.to(weight_OI.dtype), weight_OI, weights.get(f"{name}.bias"))
+    if isinstance(weights, Watched):
+        weights.show(name, output_BTO)
+    return output_BTO
 
 
 def attention_input(weights: Weights, arch: Architecture, hidden_BTC: Tensor) -> Tensor:

@@ -16,6 +16,21 @@ def forward_kl(draft_logits_NV: Tensor, target_logits_NV: Tensor) -> Tensor:
     return (target.exp() * (target - draft)).sum(-1)
 
 
+def curvature_probe(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
+    """Random directions whose covariance is the second derivative of `forward_kl` at a draft that is the target.
+
+    That is diag(p) - p p^T for each position, the Fisher information of its logits (Martens, New insights and
+    perspectives on the natural gradient method, arXiv 1412.1193, section 9): sent backward in place of a gradient, they
+    give at any tensor behind the logits vectors whose outer products average to the Fisher information there.
+
+    logits_NV: float32. Returns float32 [N, V]; each row sums to 0.
+    """
+    likely = logits_NV.softmax(-1)
+    root = likely.sqrt()
+    noise = torch.randn(root.shape, generator=generator, device=root.device).mul_(root)
+    return noise.sub_(likely.mul_(noise.sum(-1, keepdim=True)))
+
+
 def chunked_forward_kl(
     draft_hidden_NC: Tensor,
     target_hidden_NE: Tensor,

@@ -57,6 +57,7 @@ class Quantize(Section):
     effort: Literal["fast", "default", "high"] = "default"
     method: Method | None = None  # the effort's
     drift_correction: Annotated[float, Field(ge=0, le=1)] | None = None  # the effort's
+    output_curvature: bool | None = None  # the effort's
     tuning_epochs: Annotated[int, Field(ge=0)] | None = None  # the effort's
     format: FormatName = "compressed-tensors"
     bits: Literal[4, 8] = 4

@@ -107,6 +107,7 @@ def quantize(
             "estimated": needed._asdict(),
             "method": plan.method,
             "drift_correction": plan.drift_correction,
+            "output_curvature": plan.output_curvature,
             "shrinkage": plan.shrinkage,
             "tuning_kl_nats": [round(kl, 6) for kl in tuned],
             "linears": [note._asdict() for note in notes],

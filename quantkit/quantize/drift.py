@@ -9,7 +9,7 @@ residual stream can make up for the stream's own drift R = h - h~ as well: W' ga
 import torch
 from torch import Tensor
 
-from quantkit.quantize.gptq import shrunk
+from quantkit.quantize.gram import shrunk
 
 
 def target_weight(
@@ -30,7 +30,7 @@ def target_weight(
     residual_OI: mean of (h - h~) x~^T, the drift of the residual stream that the linear adds to; None where it
         adds to none.
     strength: the share of the drift to make up for, 0..1. What a finite calibration set shows of it is partly noise.
-    shrinkage: of all three means towards what each input says alone (`gptq.shrunk`; the residual has no diagonal and
+    shrinkage: of all three means towards what each input says alone (`gram.shrunk`; the residual has no diagonal and
         goes towards 0). One layer after another fits its correction to the same tokens: without it the whole model
         knows them by heart, and is the worse on others.
     damping: fraction of the Gram matrix's mean diagonal added to its diagonal.

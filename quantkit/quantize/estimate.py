@@ -12,6 +12,7 @@ import torch
 from quantkit.architecture import INPUT_GROUPS, Architecture, linear_shapes
 from quantkit.errors import raise_all
 from quantkit.progress import spoken
+from quantkit.quantize import fisher
 from quantkit.quantize.gptq import FLOAT64_IN_FEATURES
 from quantkit.quantize.layer import BATCH, Settings
 from quantkit.quantize.tune import Plan
@@ -76,12 +77,27 @@ def need(
     outer = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
     packed = arch.num_layers * layer * (settings.bits + 0.5) / 8 + outer * 2
     disk = inside + states + 2 * packed
+    memory = weights + sums + factor + stacked + activations
+    if settings.output_curvature:
+        curvature = 4 * _curvature(arch)
+        seen = min(tokens, fisher.MAX_TOKENS)
+        disk += (arch.num_layers + 1) * seen * arch.hidden_size * compute_bytes + seen * arch.hidden_size * 4
+        disk += arch.num_layers * curvature
+        # a layer's weights as read and as run, what autograd keeps of it, and before that the head and its logits
+        graph = fisher.BATCH * length * (8 * arch.intermediate_size + 16 * arch.hidden_size) * compute_bytes
+        head = arch.vocab_size * (arch.hidden_size * compute_bytes + 4 * 128 * 4)
+        memory = max(memory + curvature, layer * (4 + compute_bytes) + curvature + graph, head)
     if settings.tuning_epochs:
         learning = arch.num_layers * layer / (settings.group_size if settings.group_size > 0 else arch.hidden_size)
         kept = (arch.num_layers + 1) * Plan().batch_size * length * arch.hidden_size * 4
         disk += packed + arch.num_layers * layer + learning * (4 + 2 * 3) * 4 + kept
     seconds = _seconds(arch, settings, tokens, speed) if speed else 0.0
-    return Need(_PROCESS + weights + sums + factor + stacked + activations, round(disk), seconds)
+    return Need(_PROCESS + memory, round(disk), seconds)
+
+
+def _curvature(arch: Architecture) -> int:
+    """Elements of a layer's Fisher information, as the blocks that are kept of it."""
+    return sum(size * size for rows, _ in linear_shapes(arch).values() for size in fisher.block_sizes(rows))
 
 
 def _seconds(arch: Architecture, settings: Settings, tokens: int, speed: Speed) -> float:
@@ -96,7 +112,13 @@ def _seconds(arch: Architecture, settings: Settings, tokens: int, speed: Speed) 
     layer = (2 * streams * forward) / speed.compute + (gram + choosing) / speed.float32
     head = 2 * 3 * tokens * arch.hidden_size * arch.vocab_size
     epoch = (4 * forward * arch.num_layers + head) / speed.compute
-    return 1.5 * (layer * arch.num_layers + epoch * settings.tuning_epochs)
+    curved = 0.0
+    if settings.output_curvature:
+        seen = min(tokens, fisher.MAX_TOKENS)
+        head = 2 * 2 * seen * arch.hidden_size * arch.vocab_size
+        curved = (3 * forward * seen / tokens * arch.num_layers + head) / speed.compute
+        curved += arch.num_layers * 2 * seen * _curvature(arch) * 5 / 8 / speed.float32
+    return 1.5 * (layer * arch.num_layers + curved + epoch * settings.tuning_epochs)
 
 
 def check_room(needed: Need, folder: Path, *, memory_budget: int | None = None) -> None:

@@ -1,10 +1,12 @@
 """Which integers, by GPTQ: round one input column at a time, and let the columns left make up for its error.
 
 Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
-arXiv 2210.17323.
+arXiv 2210.17323. With the curvature of the loss over a linear's outputs known as well, the output rows left make up for
+the rows before them in the same way: the two-sided rounding of YAQA (Tseng et al., Model-Preserving Adaptive Rounding,
+arXiv 2505.22988), for integers on a grid.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +16,7 @@ from quantkit.formats import Grid, QuantizedWeight
 from quantkit.quantize.grid import check_hessian, fit_grid, minmax_grid
 
 MAX_DAMPING = 1.0  # past this the Hessian says less than its damping does
+OUTPUT_DAMPING = 0.01  # of output Hessians, as a fraction of their mean diagonal
 FLOAT64_IN_FEATURES = 8192  # up to here the factor is found in float64, for twice the time
 
 
@@ -40,6 +43,8 @@ def gptq(
     damping: float = 0.01,
     block_size: int = 128,
     clip_search: bool = True,
+    output_hessians: Sequence[Tensor] = (),
+    row_block: int = 32,
 ) -> GptqResult:
     """Quantizes a weight so that its outputs on the calibration inputs change least (Algorithm 1).
 
@@ -47,8 +52,8 @@ def gptq(
     yet rounded (eq. 2-3, with the inverse Hessians of the remaining sets read off one Cholesky factor).
 
     weight_OI: [out_features, in_features], any float dtype; computed in float32, or in float64 if it is
-        that; left as it is. Rows do not touch each other: linears that share an input may be stacked, and
-        then share the cost of the Cholesky factor.
+        that; left as it is. Without output_hessians rows do not touch each other: linears that share an input
+        may be stacked, and then share the cost of the Cholesky factor.
     hessian_II: [in_features, in_features], the Gram matrix X^T X of the linear's inputs. Any positive factor
         on it (2 of the loss, 1 / tokens of a mean) changes nothing. Left as it is.
     group_size: divides in_features; in_features for one scale per channel.
@@ -60,6 +65,12 @@ def gptq(
         to MAX_DAMPING, while the Hessian is not positive definite; the result says what it took.
     block_size: columns between two updates of the rest of the weight; speed alone.
     clip_search: `fit_grid` with the group's block of the Hessian; otherwise `minmax_grid`.
+    output_hessians: what the loss thinks of errors in the outputs, as the diagonal blocks [rows, rows] of a
+        matrix over all of out_features, in the order of the rows; any positive factor on a block changes
+        nothing. With them the objective is tr(G E H E^T), G the outputs' and E the error, in place of
+        tr(E H E^T).
+    row_block: rows of a block of G that are rounded at a time, before the rest makes up for their errors.
+        Rows of one such block do not: 1 is exact, more is faster.
 
     Inputs with H_ii = 0 never fired: their weights become zero, and are counted.
 
@@ -79,72 +90,113 @@ def gptq(
             return fit_grid(weight_OI, hessian_II, bits=bits, group_size=group_size, symmetric=symmetric)
         return minmax_grid(weight_OI, bits=bits, group_size=group_size, symmetric=symmetric)
 
+    # Static grids, or the shape of those that each group finds when the loop reaches it.
+    grid = (
+        find_grid(weight_OI, hessian_II)
+        if act_order
+        else minmax_grid(weight_OI, bits=bits, group_size=group_size, symmetric=symmetric)
+    )
+    order_I = torch.arange(in_features, device=weight_OI.device)
     if act_order:
-        grid = find_grid(weight_OI, hessian_II)
         order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
-        blocks = _blocks(in_features, in_features, block_size)
-    else:
-        # Shape, and a check of the input, before the loop finds each group's own.
-        grid = minmax_grid(weight_OI, bits=bits, group_size=group_size, symmetric=symmetric)
-        order_I = torch.arange(in_features, device=weight_OI.device)
-        blocks = _blocks(in_features, group_size, block_size)
     # Rows and columns of the Hessian go with the columns of the weight.
     factor_II, damping = _inverse_factor(hessian_II[order_I][:, order_I], damping, dtype)
-    pivots = factor_II.diagonal().tolist()
-    groups = (order_I // group_size).tolist()
-
-    # Transposed, so that a column of the weight is contiguous.
-    columns_IO = weight_OI.T[order_I].contiguous()
-    integers_IO = torch.empty_like(columns_IO, dtype=torch.uint8)
-    scale_GO = grid.scale_OG.T.contiguous()
-    zero_point_GO = grid.zero_point_OG.T.float().contiguous()
-    for start, stop in blocks:
-        errors_bO = torch.empty_like(columns_IO[start:stop])
-        for i in range(start, stop):
-            group = groups[i]
-            if not act_order and i % group_size == 0:
-                members = slice(i, i + group_size)
-                found = find_grid(columns_IO[members].T, hessian_II[members, members])
-                scale_GO[group], zero_point_GO[group] = found.scale_OG[:, 0], found.zero_point_OG[:, 0]
-            scale_O, zero_point_O = scale_GO[group], zero_point_GO[group]
-            levels_O = torch.div(columns_IO[i], scale_O).round_().add_(zero_point_O).clamp_(0, 2**bits - 1)
-            integers_IO[i] = levels_O
-            rounded_O = levels_O.sub_(zero_point_O).mul_(scale_O)
-            error_O = torch.sub(columns_IO[i], rounded_O, out=errors_bO[i - start]).div_(pivots[i])
-            columns_IO[i + 1 : stop].addr_(factor_II[i, i + 1 : stop], error_O, alpha=-1)
-        columns_IO[stop:].addmm_(factor_II[start:stop, stop:].T, errors_bO, alpha=-1)
-
-    integers_OI = torch.empty_like(weight_OI, dtype=torch.uint8)
-    integers_OI[:, order_I] = integers_IO.T
-    grid = grid._replace(scale_OG=scale_GO.T.contiguous(), zero_point_OG=zero_point_GO.T.int().contiguous())
+    columns = _Columns(
+        factor_II, order_I, group_size, 2**bits - 1, block_size, None if act_order else hessian_II, find_grid
+    )
+    if output_hessians:
+        integers_OI, scale_OG, zero_point_OG = _by_row_blocks(columns, weight_OI, grid, output_hessians, row_block)
+    else:
+        integers_OI, _, scale_OG, zero_point_OG = columns.round(weight_OI, grid.scale_OG, grid.zero_point_OG)
+    grid = grid._replace(scale_OG=scale_OG.contiguous(), zero_point_OG=zero_point_OG.contiguous())
     return GptqResult(QuantizedWeight(integers_OI, grid), int(dead_I.sum()), damping)
 
 
-def shrunk(gram_II: Tensor, share: float) -> Tensor:
-    """(1 - share) H + share diag(H): the Gram matrix with its off-diagonal part taken for partly chance.
+class _Columns(NamedTuple):
+    """The loop over input columns, for any rows of the weight."""
 
-    A Gram matrix of few tokens understates the directions that they happened not to take, and GPTQ puts the errors just
-    there. Linear shrinkage (Ledoit and Wolf, A well-conditioned estimator for large-dimensional covariance matrices,
-    2004) towards the diagonal leaves each input's own energy as it was seen; damping adds to all inputs alike.
+    factor_II: Tensor
+    order_I: Tensor
+    group_size: int
+    highest: int  # level
+    block_size: int
+    hessian_II: Tensor | None  # where a group's grid is found when the loop reaches it
+    find_grid: Callable[[Tensor, Tensor], Grid]
 
-    Raises ValueError when share is not in 0..1.
+    def round(
+        self, weight_OI: Tensor, scale_OG: Tensor, zero_point_OG: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Integers, the weights that they stand for, scales and zero points of the rows."""
+        in_features = weight_OI.shape[1]
+        pivots = self.factor_II.diagonal().tolist()
+        groups = (self.order_I // self.group_size).tolist()
+        # Transposed, so that a column of the weight is contiguous.
+        columns_IO = weight_OI.T[self.order_I].contiguous()
+        integers_IO = torch.empty_like(columns_IO, dtype=torch.uint8)
+        rounded_IO = torch.empty_like(columns_IO)
+        scale_GO = scale_OG.T.to(columns_IO.dtype).contiguous()
+        zero_point_GO = zero_point_OG.T.to(columns_IO.dtype).contiguous()
+        for start, stop in _blocks(
+            in_features, in_features if self.hessian_II is None else self.group_size, self.block_size
+        ):
+            errors_bO = torch.empty_like(columns_IO[start:stop])
+            for i in range(start, stop):
+                group = groups[i]
+                if self.hessian_II is not None and i % self.group_size == 0:
+                    members = slice(i, i + self.group_size)
+                    found = self.find_grid(columns_IO[members].T, self.hessian_II[members, members])
+                    scale_GO[group], zero_point_GO[group] = found.scale_OG[:, 0], found.zero_point_OG[:, 0]
+                scale_O, zero_point_O = scale_GO[group], zero_point_GO[group]
+                levels_O = torch.div(columns_IO[i], scale_O).round_().add_(zero_point_O).clamp_(0, self.highest)
+                integers_IO[i] = levels_O
+                rounded_O = torch.mul(levels_O.sub_(zero_point_O), scale_O, out=rounded_IO[i])
+                error_O = torch.sub(columns_IO[i], rounded_O, out=errors_bO[i - start]).div_(pivots[i])
+                columns_IO[i + 1 : stop].addr_(self.factor_II[i, i + 1 : stop], error_O, alpha=-1)
+            columns_IO[stop:].addmm_(self.factor_II[start:stop, stop:].T, errors_bO, alpha=-1)
+        integers_OI, rounded_OI = torch.empty_like(weight_OI, dtype=torch.uint8), torch.empty_like(weight_OI)
+        integers_OI[:, self.order_I], rounded_OI[:, self.order_I] = integers_IO.T, rounded_IO.T
+        return integers_OI, rounded_OI, scale_GO.T.float(), zero_point_GO.T.int()
+
+
+def _by_row_blocks(
+    columns: _Columns, weight_OI: Tensor, grid: Grid, output_hessians: Sequence[Tensor], row_block: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """GPTQ over blocks of rows, where to round a block is GPTQ over the columns; integers, scales, zero points.
+
+    With H = N^-T D N^-1 for the columns and G = M^-T B M^-1 for the rows, N and M lower triangular with ones, the
+    objective is the sum of |d|^2 weighted by D and B over what each rounding left, d, while E = -M d N^T. What a row
+    left after its own loop over the columns, v = d N^T, is the difference of its target and its rounded weights: the
+    rows after it take M v off theirs.
     """
-    if not 0 <= share <= 1:
-        raise ValueError(f"share is {share}: choose 0 to 1")
-    if share == 0:
-        return gram_II
-    mixed_II = gram_II * (1 - share)
-    mixed_II.diagonal().copy_(gram_II.diagonal())
-    return mixed_II
-
-
-def usual_shrinkage(in_features: int, tokens: int) -> float:
-    """How much to shrink a Gram matrix of so many tokens: 1 / (1 + tokens / (12 in_features)).
-
-    The chance in it falls as one over the tokens, as the optimum of Ledoit and Wolf does; the factor is a measurement
-    (docs/quantize.md). A half at 12 tokens an input, a sixth at 64: 128 windows of 2048 for 4096 inputs.
-    """
-    return 1 / (1 + tokens / (12 * in_features))
+    if sum(map(len, output_hessians)) != len(weight_OI):
+        raise ValueError(
+            f"output_hessians for {sum(map(len, output_hessians))} rows where the weight has {len(weight_OI)}"
+        )
+    parts = []  # where the rows of each block of G stand, the most curved first, and its factor in that order
+    begin = 0
+    for hessian_RR in output_hessians:
+        order_R = hessian_RR.diagonal().argsort(descending=True, stable=True)
+        factor_RR, _ = _inverse_factor(hessian_RR[order_R][:, order_R], OUTPUT_DAMPING, weight_OI.dtype)
+        parts.append((begin + order_R, factor_RR))
+        begin += len(order_R)
+    target_OI = weight_OI.clone()
+    integers_OI = torch.empty_like(weight_OI, dtype=torch.uint8)
+    scale_OG, zero_point_OG = grid.scale_OG.clone(), grid.zero_point_OG.clone()
+    for start in range(0, max(map(len, output_hessians)), row_block):
+        now = [rows_R[start : start + row_block] for rows_R, _ in parts]
+        rows_B = torch.cat(now)
+        integers_OI[rows_B], rounded_BI, scale_OG[rows_B], zero_point_OG[rows_B] = columns.round(
+            target_OI[rows_B], scale_OG[rows_B], zero_point_OG[rows_B]
+        )
+        left = (target_OI[rows_B] - rounded_BI).split([len(rows) for rows in now])
+        for (rows_R, factor_RR), left_bI in zip(parts, left, strict=True):
+            stop = start + len(left_bI)
+            if start < stop < len(rows_R):
+                share_br = torch.linalg.solve_triangular(
+                    factor_RR[start:stop, start:stop], factor_RR[start:stop, stop:], upper=True
+                )
+                target_OI[rows_R[stop:]] -= share_br.T @ left_bI
+    return integers_OI, scale_OG, zero_point_OG
 
 
 def _blocks(in_features: int, group_size: int, block_size: int) -> Iterator[tuple[int, int]]:

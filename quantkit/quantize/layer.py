@@ -5,7 +5,7 @@ it. With drift correction the original layer runs beside it, on the original mod
 outputs ought to be.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ from quantkit.formats import Grid, QuantizedWeight
 from quantkit.quantize import ranks, states
 from quantkit.quantize.awq import awq, search_scale
 from quantkit.quantize.drift import target_weight
-from quantkit.quantize.gptq import gptq, shrunk, usual_shrinkage
+from quantkit.quantize.gptq import gptq
+from quantkit.quantize.gram import add_gram, mirror, shrunk, usual_shrinkage
 
 BATCH = 4  # samples a forward pass
 
@@ -29,14 +30,16 @@ class Effort(NamedTuple):
 
     method: str
     drift_correction: float
+    output_curvature: bool
     tuning_epochs: int
 
 
 EFFORTS = {
-    "fast": Effort("gptq", 0.0, 0),
-    "default": Effort("awq+gptq", 0.8, 0),
-    "high": Effort("awq+gptq", 0.8, 4),
+    "fast": Effort("gptq", 0.0, False, 0),
+    "default": Effort("awq+gptq", 0.8, True, 0),
+    "high": Effort("awq+gptq", 0.8, True, 4),
 }
+OUTPUT_SHRINKAGE = 0.3  # of the Fisher information towards its diagonal; a measurement (docs/quantize.md)
 # How AWQ's scales are searched when GPTQ follows and makes up for errors across groups: an eighth of the time.
 _BEFORE_GPTQ: dict[str, Any] = {"steps": 10, "within_groups": True, "max_rows": 1024}
 
@@ -53,6 +56,7 @@ class Settings(NamedTuple):
     damping: float
     shrinkage: float | None = None  # of the Gram matrix towards its diagonal; None: by the tokens an input
     drift_correction: float = 0.0  # share of the drift so far that a linear makes up for
+    output_curvature: bool = False  # whether rows make up for each other's errors (`fisher`)
     tuning_epochs: int = 0  # passes of `tune` over the calibration windows
 
     @classmethod
@@ -102,12 +106,13 @@ class Layer:
 
     def __init__(
         self, original: dict[str, Tensor], arch: Architecture, settings: Settings, rotary: Rotation,
-        hidden: dict[str, Tensor], folder: Path,
+        hidden: dict[str, Tensor], folder: Path, fisher: dict[str, list[Tensor]] | None = None,
     ) -> None:  # fmt: skip
         """Begin a layer.
 
         original: its dense tensors, float32. hidden: the states before it, float32 [samples, length, C], of the
         "quantized" model and, for drift correction, of the "original". folder: for what stands between the linears.
+        fisher: by linear, the diagonal blocks of the Fisher information at its outputs (`fisher.read`).
         """
         self.arch = arch
         self.settings = settings
@@ -115,6 +120,7 @@ class Layer:
         self.device = rotary[0].device
         self.dtype = rotary[0].dtype
         self.folder = folder
+        self.fisher = fisher or {}
         self.weights = dict(original)  # float32; a linear's weight is replaced by its dequantized one
         self.quantized: dict[str, QuantizedWeight] = {}
         self.notes: list[LinearNote] = []
@@ -221,7 +227,10 @@ class Layer:
             self._fold(producer, scale_I)
             weight_OI = weight_OI * scale_I
             gram_II = gram_II / (scale_I[:, None] * scale_I)
-        quantized, damping = ranks.by_rows(lambda rows_OI: self._choose(rows_OI, gram_II, shrinkage), weight_OI)
+        curvature = [block for name in names for block in self.fisher.get(name, [])]
+        quantized, damping = ranks.by_rows(
+            lambda rows_OI, blocks: self._choose(rows_OI, gram_II, shrinkage, blocks), weight_OI, curvature
+        )
         dead, begin = int((gram_II.diagonal() == 0).sum()), 0
         for name in names:
             rows = slice(begin, begin + len(self.weights[f"{name}.weight"]))
@@ -246,7 +255,7 @@ class Layer:
             if "gram" not in sums:
                 sums["gram"] = torch.zeros(x_NI.shape[1], x_NI.shape[1], device=self.device)
                 sums["abs"] = torch.zeros(x_NI.shape[1], device=self.device)
-            _add_gram(sums["gram"], x_NI)
+            add_gram(sums["gram"], x_NI)
             sums["abs"] += x_NI.abs().sum(0)
             if self.reference is not None and self.settings.drift_correction:
                 add("cross", read(self.reference, part).flatten(0, 1).float() - x_NI, x_NI)
@@ -254,11 +263,12 @@ class Layer:
                     add("residual", (residual(self.reference, part) - residual(self.run, part)).flatten(0, 1), x_NI)
         count = ranks.sum_up(sums, self.run.hidden_STC.shape[0] * self.run.hidden_STC.shape[1])
         means = {name: tensor.div_(count) for name, tensor in sums.items()}
-        gram_II = means["gram"]
-        gram_II.copy_(gram_II.triu() + gram_II.triu(1).T)
+        mirror(means["gram"])
         return _Inputs(count, means["gram"], means["abs"], means.get("cross"), means.get("residual"))
 
-    def _choose(self, weight_OI: Tensor, gram_II: Tensor, shrinkage: float) -> tuple[QuantizedWeight, float]:
+    def _choose(
+        self, weight_OI: Tensor, gram_II: Tensor, shrinkage: float, curvature: Sequence[Tensor]
+    ) -> tuple[QuantizedWeight, float]:
         """The method's integers for some rows, and the damping it took."""
         settings, group_size = self.settings, self._group_size(weight_OI.shape[1])
         if settings.method == "awq":
@@ -267,6 +277,7 @@ class Layer:
         result = gptq(
             weight_OI, shrunk(gram_II, shrinkage), bits=settings.bits, group_size=group_size,
             symmetric=settings.symmetric, act_order=settings.act_order, damping=settings.damping,
+            output_hessians=[shrunk(block, OUTPUT_SHRINKAGE) for block in curvature],
         )  # fmt: skip
         return result.quantized, result.damping
 
@@ -303,14 +314,6 @@ class Layer:
     def _set(self, name: str, tensor: Tensor) -> None:
         self.weights[name] = tensor
         self.run.weights[name] = tensor.to(self.dtype)
-
-
-def _add_gram(gram_II: Tensor, x_NI: Tensor) -> None:
-    """Add X^T X to the blocks on and above the diagonal: five eighths of the products; those below are equal."""
-    width = x_NI.shape[1]
-    step = max(-(-width // 4), 1)
-    for begin in range(0, width, step):
-        gram_II[begin : begin + step, begin:].addmm_(x_NI[:, begin : begin + step].T, x_NI[:, begin:])
 
 
 def _rows(quantized: QuantizedWeight, rows: slice) -> QuantizedWeight:

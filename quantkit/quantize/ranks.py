@@ -5,7 +5,7 @@ not touch each other, are split over the ranks and what was chosen for them is h
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -86,25 +86,33 @@ def sum_up(sums: dict[str, Tensor], count: int) -> int:
 
 
 def by_rows(
-    choose: Callable[[Tensor], tuple[QuantizedWeight, float]], weight_OI: Tensor
+    choose: Callable[[Tensor, Sequence[Tensor]], tuple[QuantizedWeight, float]],
+    weight_OI: Tensor,
+    blocks: Sequence[Tensor] = (),
 ) -> tuple[QuantizedWeight, float]:
-    """`choose` for each rank's rows of the weight, and the whole result on every rank."""
-    ranks = world_size()
+    """`choose` for each rank's rows of the weight, and the whole result on every rank.
+
+    blocks: [rows, rows] each, of rows that only one rank may choose for, in the order of the rows; `choose` gets those
+        of its rows. With fewer blocks than ranks, only so many of them work.
+    """
+    ranks = min(world_size(), len(blocks)) if blocks else world_size()
     if ranks == 1:
-        return choose(weight_OI)
-    chunks = torch.tensor_split(weight_OI, ranks)
-    own, number = choose(chunks[rank()])
+        return choose(weight_OI, blocks)
+    shares = [blocks[len(blocks) * r // ranks : len(blocks) * (r + 1) // ranks] for r in range(ranks)]
+    sizes = [sum(map(len, share)) for share in shares]
+    chunks = torch.split(weight_OI, sizes) if blocks else torch.tensor_split(weight_OI, ranks)
+    mine = min(rank(), ranks - 1)  # a rank without rows does the last one's too, and keeps it to itself
+    own, number = choose(chunks[mine], shares[mine])
     parts = []
     for source, rows_OI in enumerate(chunks):
         groups = own.grid.scale_OG.shape[1]
-        mine = source == rank()
         made = (own.integers_OI, own.grid.scale_OG, own.grid.zero_point_OG)
         empty = (
             torch.empty(rows_OI.shape, dtype=torch.uint8, device=weight_OI.device),
             torch.empty(len(rows_OI), groups, device=weight_OI.device),
             torch.empty(len(rows_OI), groups, dtype=torch.int32, device=weight_OI.device),
         )
-        received = tuple(tensor.contiguous() for tensor in (made if mine else empty))
+        received = tuple(tensor.contiguous() for tensor in (made if source == rank() else empty))
         for tensor in received:
             dist.broadcast(tensor, src=source)
         parts.append(received)

@@ -49,6 +49,11 @@ def scratch(folder: Path, name: str, shape: Sequence[int], dtype: torch.dtype) -
     return _mapped(path, shape, dtype)
 
 
+def drop_scratch(folder: Path, name: str) -> None:
+    """Delete the file of a scratch tensor that nobody will look at again."""
+    (folder / f"scratch-{name}.bin").unlink(missing_ok=True)
+
+
 def _path(folder: Path, index: int, name: str) -> Path:
     return folder / f"states-{index:05d}-{name}.f32"
 

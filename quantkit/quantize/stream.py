@@ -20,7 +20,7 @@ from quantkit.checkpoint import Checkpoint, copy_companions, open_checkpoint, sa
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight, Storage
 from quantkit.progress import Report, silent
-from quantkit.quantize import ranks, states, tune
+from quantkit.quantize import fisher, ranks, states, tune
 from quantkit.quantize.layer import Layer, LinearNote, Settings
 from quantkit.tokens import TokenSet
 
@@ -56,11 +56,17 @@ def quantize_layers(
     compute = hardware.compute_dtype(device)
     with torch.no_grad():
         rotary = decoder.rotation(checkpoint.config, tokens.input_ids_ST.shape[1], dtype=compute, device=device)
-        begin, hidden = _start(checkpoint, ranks.share(tokens.input_ids_ST), settings, folder, own)
+        own_ST = ranks.share(tokens.input_ids_ST)
+        begin, hidden = _start(checkpoint, own_ST, settings, folder, own)
+        if settings.output_curvature:
+            fisher.measure(
+                checkpoint, own_ST, folder=folder, own=own, begin=begin, device=device, dtype=compute, report=report
+            )
         for index in range(begin, arch.num_layers):
             report("layer", index, arch.num_layers)
             original = {name: tensor.to(device) for name, tensor in checkpoint.layer(index).items()}
-            layer = Layer(original, arch, settings, rotary, hidden, own)
+            curvature = fisher.read(folder, index, rotary[0].device) if settings.output_curvature else None
+            layer = Layer(original, arch, settings, rotary, hidden, own, curvature)
             layer.quantize()
             behind = {name: states.make(own, index + 1, name, tensor.shape) for name, tensor in hidden.items()}
             layer.outputs(layer.run, behind["quantized"])
@@ -70,6 +76,7 @@ def quantize_layers(
             ranks.barrier()
             if ranks.rank() == 0:
                 _store(layer_file(folder, index), layer)
+                fisher.drop(folder, index)
             ranks.barrier()
             states.drop_before(own, index + 1)
             hidden = behind

@@ -91,6 +91,6 @@ def test_time_grows_with_depth_and_tokens_and_with_effort() -> None:
             llama(layers), settings, samples=samples, length=2048, compute_bytes=2, speed=speed
         ).seconds  # fmt: skip
 
-    assert seconds(16, 128) == pytest.approx(2 * seconds(8, 128))
+    assert seconds(16, 128) == pytest.approx(2 * seconds(8, 128), rel=0.05)  # the head is there once
     assert seconds(8, 128) < seconds(8, 256) < 2 * seconds(8, 128)
     assert seconds(8, 128, SETTINGS._replace(tuning_epochs=4)) > 2 * seconds(8, 128)

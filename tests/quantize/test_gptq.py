@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import Grid, QuantizedWeight, dequantize
-from quantkit.quantize.gptq import MAX_DAMPING, gptq, shrunk, usual_shrinkage
+from quantkit.quantize.gptq import MAX_DAMPING, gptq
+from quantkit.quantize.gram import shrunk, usual_shrinkage
 from quantkit.quantize.grid import fit_grid, minmax_grid, round_to_grid
 
 
@@ -225,3 +226,68 @@ def test_more_tokens_are_shrunk_less() -> None:
     assert usual_shrinkage(1024, 12 * 1024) == 0.5
     assert usual_shrinkage(1024, 0) == 1
     assert usual_shrinkage(4096, 128 * 2048) < 0.16 < usual_shrinkage(4096, 16 * 2048)
+
+
+def _curvature(rows: int, seed: int) -> torch.Tensor:
+    """A positive definite matrix whose diagonal falls, so that rows are taken as they stand."""
+    generator = torch.Generator().manual_seed(seed)
+    factor = torch.randn(rows, 3 * rows, generator=generator, dtype=torch.float64)
+    factor /= factor.norm(dim=1, keepdim=True)
+    scale = torch.linspace(3, 1, rows, dtype=torch.float64)
+    return (factor @ factor.T) * scale[:, None] * scale
+
+
+def test_output_hessians_are_gptq_on_the_kronecker_product() -> None:
+    """Row by row it is GPTQ of the weight as one long row, under G x H."""
+    rows, inputs, group = 5, 16, 8
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, inputs, generator=generator, dtype=torch.float64)
+    seen = torch.randn(64, inputs, generator=generator, dtype=torch.float64)
+    hessian, curvature = seen.T @ seen, _curvature(rows, 1)
+    assert (curvature.diagonal().diff() < 0).all()
+
+    def damped(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix + 0.01 * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+
+    scheme = {"bits": 4, "group_size": group, "symmetric": False, "act_order": False}
+    long = gptq(weight.reshape(1, -1), torch.kron(damped(curvature), damped(hessian)), damping=0, **scheme)
+    two_sided = gptq(weight, hessian, output_hessians=[curvature], row_block=1, damping=0.01, **scheme)
+    assert torch.equal(long.quantized.integers_OI.reshape(rows, inputs), two_sided.quantized.integers_OI)
+    plain = gptq(weight, hessian, damping=0.01, **scheme)
+    assert not torch.equal(plain.quantized.integers_OI, two_sided.quantized.integers_OI)
+
+
+@pytest.mark.parametrize("act_order", [True, False])
+def test_output_hessians_lower_what_they_weigh(act_order: bool) -> None:
+    rows, inputs = 96, 64
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, inputs, generator=generator)
+    seen = torch.randn(256, inputs, generator=generator)
+    hessian = seen.T @ seen
+    blocks = [_curvature(64, 1).float(), _curvature(32, 2).float()]
+    curvature = torch.block_diag(*blocks)
+    scheme = {"bits": 4, "group_size": 32, "symmetric": False, "act_order": act_order}
+
+    def error(**given: object) -> float:
+        result = gptq(weight, hessian, **scheme, **given)
+        wrong = dequantize(result.quantized) - weight
+        return float((curvature @ wrong @ hessian).mul(wrong).sum())
+
+    plain, coarse, exact = (
+        error(),
+        error(output_hessians=blocks, row_block=16),
+        error(output_hessians=blocks, row_block=1),
+    )
+    assert exact < coarse < plain
+    assert exact < 0.85 * plain
+
+
+def test_output_hessians_that_say_nothing_change_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, seen = torch.randn(24, 32, generator=generator), torch.randn(128, 32, generator=generator)
+    scheme = {"bits": 4, "group_size": 16, "symmetric": True}
+    plain = gptq(weight, seen.T @ seen, **scheme)
+    same = gptq(weight, seen.T @ seen, output_hessians=[3 * torch.eye(16), torch.eye(8)], row_block=5, **scheme)
+    assert torch.equal(plain.quantized.integers_OI, same.quantized.integers_OI)
+    with pytest.raises(ValueError, match="16 rows where the weight has 24"):
+        gptq(weight, seen.T @ seen, output_hessians=[torch.eye(16)], **scheme)

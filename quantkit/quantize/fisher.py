@@ -1,0 +1,150 @@
+"""What the loss thinks of an error in a linear's outputs: their Fisher information, before any integer is chosen.
+
+KL(original || quantized) is to second order e^T F e / 2, with F the Fisher information at the output that carries the
+error e. Averaged over tokens it is the output side of a Kronecker-factored curvature (K-FAC, Martens and Grosse, arXiv
+1503.05671), as the Gram matrix of the inputs is its input side; `gptq` rounds under both. One forward and one backward
+pass of the original model, a layer at a time: the states before each layer lie in a mapped file.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantkit import decoder
+from quantkit.architecture import linear_shapes
+from quantkit.checkpoint import Checkpoint, save_tensors
+from quantkit.decoder import Rotation
+from quantkit.losses import curvature_probe
+from quantkit.progress import Report
+from quantkit.quantize import ranks, states
+from quantkit.quantize.gram import add_gram, mirror
+
+BATCH = 4  # samples a pass through a layer
+MAX_ROWS = 2048  # of a block: what rows further apart do to each other is left out
+MAX_TOKENS = 1 << 16  # of all ranks; more tell little more, and their states fill the disk
+_CHUNK = 128  # positions whose logits stand in memory
+
+
+def block_sizes(out_features: int) -> list[int]:
+    """Rows of each diagonal block that a linear's Fisher information is kept as."""
+    blocks = -(-out_features // MAX_ROWS)
+    return [len(part) for part in torch.arange(out_features).tensor_split(blocks)]
+
+
+def measure(
+    checkpoint: Checkpoint, input_ids_ST: Tensor, *, folder: Path, own: Path, begin: int, device: str,
+    dtype: torch.dtype, report: Report,
+) -> None:  # fmt: skip
+    """Store each layer's in `folder`, unless those from layer `begin` on are there. See `read`.
+
+    input_ids_ST: this rank's windows (`ranks.share`); every rank calls it. own: this rank's folder, for the states.
+    """
+    arch = checkpoint.arch
+    if all(_file(folder, index).exists() for index in range(begin, arch.num_layers)):
+        return
+    windows = max(MAX_TOKENS // input_ids_ST.shape[1] // ranks.world_size(), 1)
+    ids_ST = input_ids_ST[:windows]
+    rotary = decoder.rotation(checkpoint.config, ids_ST.shape[1], dtype=dtype, device=device)
+    parts = [slice(start, min(start + BATCH, len(ids_ST))) for start in range(0, len(ids_ST), BATCH)]
+    shape = (arch.num_layers + 1, *ids_ST.shape, arch.hidden_size)
+    states_LSTC = states.scratch(own, "fisher-states", shape, dtype)
+    names = ["model.embed_tokens.weight", "model.norm.weight"]
+    names += [] if arch.tied_embeddings else ["lm_head.weight"]
+    outer = checkpoint.read(names)  # as stored, and mapped
+    total = 2 * arch.num_layers
+    with torch.no_grad():
+        states_LSTC[0] = outer[names[0]][ids_ST]
+        for index in range(arch.num_layers):
+            report("measuring the curvature, layer", index, total)
+            weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.layer(index).items()}
+            for part in parts:
+                hidden_BTC = states_LSTC[index, part].to(device)
+                states_LSTC[index + 1, part] = decoder.layer(weights, arch, hidden_BTC, rotary).cpu()
+    gradient_STC = states.scratch(own, "fisher-gradient", shape[1:], torch.float32)
+    head_VC, norm_C = outer[names[-1] if len(names) > 2 else names[0]].to(device, dtype), outer[names[1]].to(device)
+    for part in parts:
+        first = ranks.rank() + part.start * ranks.world_size()  # of all ranks' windows: the seed of its probe
+        hidden_BTC = states_LSTC[-1, part].to(device)
+        gradient_STC[part] = _at_the_end(hidden_BTC, norm_C.float(), head_VC, arch.norm_epsilon, first).cpu()
+    del head_VC
+    for index in reversed(range(begin, arch.num_layers)):
+        report("measuring the curvature, layer", total - 1 - index, total)
+        weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.layer(index).items()}
+        blocks = _backward(checkpoint, weights, states_LSTC[index], gradient_STC, parts, rotary)
+        ranks.sum_up(blocks, 0)
+        for block in blocks.values():
+            mirror(block.div_(ids_ST.numel()))
+        if ranks.rank() == 0:
+            save_tensors(_file(folder, index), {name: block.cpu() for name, block in blocks.items()})
+    report("measuring the curvature, layer", total, total)
+    for name in ("fisher-states", "fisher-gradient"):
+        states.drop_scratch(own, name)
+    ranks.barrier()
+
+
+def read(folder: Path, index: int, device: torch.device) -> dict[str, list[Tensor]]:
+    """Each linear's Fisher information at its outputs, in any one unit: its diagonal blocks, float32 [rows, rows]."""
+    found: dict[str, list[Tensor]] = {}
+    for name, block in sorted(load_file(_file(folder, index)).items()):
+        found.setdefault(name.rpartition(".")[0], []).append(block.to(device))
+    return found
+
+
+def drop(folder: Path, index: int) -> None:
+    """Delete a layer's, which is done with."""
+    _file(folder, index).unlink(missing_ok=True)
+
+
+def _file(folder: Path, index: int) -> Path:
+    return folder / f"fisher-{index:05d}.safetensors"
+
+
+@torch.enable_grad()
+def _at_the_end(hidden_BTC: Tensor, norm_C: Tensor, head_VC: Tensor, epsilon: float, first: int) -> Tensor:
+    """The probe of every position, sent back through the head and the last norm: float32 [B, T, C]."""
+    hidden_BTC = hidden_BTC.float().requires_grad_()
+    normed_BTC = decoder.rms_norm(hidden_BTC, norm_C, epsilon)
+    gradient_BTC = torch.empty_like(normed_BTC)
+    with torch.no_grad():
+        for sample, normed_TC in enumerate(normed_BTC.to(head_VC.dtype)):
+            generator = torch.Generator(head_VC.device).manual_seed(first + sample * ranks.world_size())
+            for begin in range(0, len(normed_TC), _CHUNK):
+                logits_NV = (normed_TC[begin : begin + _CHUNK] @ head_VC.T).float()
+                probe_NV = curvature_probe(logits_NV, generator)
+                gradient_BTC[sample, begin : begin + _CHUNK] = probe_NV.to(head_VC.dtype) @ head_VC
+    normed_BTC.backward(gradient_BTC)
+    assert hidden_BTC.grad is not None
+    return hidden_BTC.grad
+
+
+@torch.enable_grad()
+def _backward(
+    checkpoint: Checkpoint, weights: decoder.Weights, states_STC: Tensor, gradient_STC: Tensor, parts: list[slice],
+    rotary: Rotation,
+) -> dict[str, Tensor]:  # fmt: skip
+    """Take the gradient before the layer for that behind it; returns each block's sum over the tokens."""
+    arch, device = checkpoint.arch, rotary[0].device
+    blocks: dict[str, Tensor] = {}
+    for linear, (rows, _) in linear_shapes(arch).items():
+        for number, size in enumerate(block_sizes(rows)):
+            blocks[f"{linear}.{number:03d}"] = torch.zeros(size, size, device=device)
+
+    def watch(linear: str) -> Callable[[Tensor], None]:
+        def add(gradient_BTO: Tensor) -> None:
+            sizes = block_sizes(gradient_BTO.shape[-1])
+            pieces = gradient_BTO.flatten(0, 1).float().split(sizes, dim=1)
+            for number, piece_NR in enumerate(pieces):
+                add_gram(blocks[f"{linear}.{number:03d}"], piece_NR)
+
+        return add
+
+    watched = decoder.Watched(weights, lambda linear, output: output.register_hook(watch(linear)) and None)
+    for part in parts:
+        hidden_BTC = states_STC[part].to(device, torch.float32).requires_grad_()
+        decoder.layer(watched, arch, hidden_BTC, rotary).backward(gradient_STC[part].to(device))
+        assert hidden_BTC.grad is not None
+        gradient_STC[part] = hidden_BTC.grad.cpu()
+    return blocks
