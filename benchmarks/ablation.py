@@ -22,13 +22,15 @@ from quantkit.progress import silent
 from quantkit.quantize import stream
 from quantkit.quantize.layer import Settings
 
+_PLAIN = {"drift_correction": 0.0, "output_curvature": False}
 ROWS: dict[str, dict[str, Any]] = {
     "GPTQ": {"effort": "fast", "shrinkage": 0.0},
     "GPTQ, shrunk (fast)": {"effort": "fast"},
-    "AWQ scales, GPTQ": {"effort": "default", "shrinkage": 0.0, "drift_correction": 0.0},
-    "AWQ scales, GPTQ, shrunk": {"effort": "default", "drift_correction": 0.0},
-    "AWQ scales, GPTQ, drift": {"effort": "default", "shrinkage": 0.0},
-    "AWQ scales, GPTQ, drift, shrunk (default)": {"effort": "default"},
+    "AWQ scales, GPTQ": {"effort": "default", "shrinkage": 0.0, **_PLAIN},
+    "AWQ scales, GPTQ, shrunk": {"effort": "default", **_PLAIN},
+    "AWQ scales, GPTQ, drift": {"effort": "default", "shrinkage": 0.0, "output_curvature": False},
+    "AWQ scales, GPTQ, drift, shrunk": {"effort": "default", "output_curvature": False},
+    "AWQ scales, GPTQ, drift, shrunk, outputs' curvature (default)": {"effort": "default"},
     "scales that learn (high)": {"effort": "high"},
 }
 BEFORE = {  # what a row is compared with: the row without the part that it adds
@@ -36,8 +38,9 @@ BEFORE = {  # what a row is compared with: the row without the part that it adds
     "AWQ scales, GPTQ": "GPTQ",
     "AWQ scales, GPTQ, shrunk": "AWQ scales, GPTQ",
     "AWQ scales, GPTQ, drift": "AWQ scales, GPTQ",
-    "AWQ scales, GPTQ, drift, shrunk (default)": "AWQ scales, GPTQ, drift",
-    "scales that learn (high)": "AWQ scales, GPTQ, drift, shrunk (default)",
+    "AWQ scales, GPTQ, drift, shrunk": "AWQ scales, GPTQ, drift",
+    "AWQ scales, GPTQ, drift, shrunk, outputs' curvature (default)": "AWQ scales, GPTQ, drift, shrunk",
+    "scales that learn (high)": "AWQ scales, GPTQ, drift, shrunk, outputs' curvature (default)",
 }
 
 
