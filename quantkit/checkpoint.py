@@ -17,7 +17,7 @@ from torch import Tensor
 from quantkit import artifacts, formats, quantization_config
 from quantkit.architecture import Architecture, all_shapes, layer_prefix, layer_shapes, linear_shapes, read_architecture
 from quantkit.errors import QuantkitError, raise_all
-from quantkit.formats import QuantizedWeight, Storage
+from quantkit.formats import QuantizedWeight, Storage, Storages
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -38,7 +38,12 @@ class Checkpoint:
     config: dict[str, Any]
     arch: Architecture
     shards: Mapping[str, Path]  # tensor name -> file
-    storage: Storage | None  # how its linears are stored when quantized
+    storages: Storages | None  # how its linears are stored when quantized
+
+    @property
+    def storage(self) -> Storage | None:
+        """How most of its linears are stored when it is quantized."""
+        return self.storages.usual if self.storages else None
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors by full name, as stored."""
@@ -56,7 +61,16 @@ class Checkpoint:
         prefix = layer_prefix(index)
         stored = self.read(name for name in self.shards if name.startswith(prefix))
         inside = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-        return dense_layer(inside, self.arch, self.storage, dtype=dtype)
+        return self._dense(index, inside, dtype)
+
+    def _dense(self, index: int, stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        dense = {name: stored[name].to(dtype) for name in layer_shapes(self.arch) if name in stored}
+        for linear, shape in linear_shapes(self.arch).items():
+            if f"{linear}.weight" not in dense:
+                storage = self.storages.of(layer_prefix(index) + linear) if self.storages else None
+                assert storage is not None, f"layer {index} has no {linear}.weight"
+                dense[f"{linear}.weight"] = formats.dequantize(unpack_linear(stored, linear, shape, storage)).to(dtype)
+        return dense
 
     def outer(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The tensors outside the decoder layers: embeddings, last norm, and the head where it is not tied."""
@@ -69,18 +83,6 @@ class Checkpoint:
         for index in range(self.arch.num_layers):
             for name, tensor in self.layer(index, dtype=dtype).items():
                 yield layer_prefix(index) + name, tensor
-
-
-def dense_layer(
-    stored: Mapping[str, Tensor], arch: Architecture, storage: Storage | None, *, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
-    """A decoder layer's tensors, by their name inside it, with every linear dense: the packed ones dequantized."""
-    dense = {name: stored[name].to(dtype) for name in layer_shapes(arch) if name in stored}
-    for linear, shape in linear_shapes(arch).items():
-        if f"{linear}.weight" not in dense:
-            assert storage is not None
-            dense[f"{linear}.weight"] = formats.dequantize(unpack_linear(stored, linear, shape, storage)).to(dtype)
-    return dense
 
 
 def unpack_linear(
@@ -102,7 +104,7 @@ def open_checkpoint(path: Path, *, quantized: bool | None = None) -> Checkpoint:
     """
     config = _read_config(path)
     arch, problems = read_architecture(config)
-    storage = None
+    storages = None
     if (quantization := config.get("quantization_config")) is not None:
         if quantized is False:
             problems.append(
@@ -110,7 +112,16 @@ def open_checkpoint(path: Path, *, quantized: bool | None = None) -> Checkpoint:
             )
         else:
             try:
-                storage = quantization_config.read(quantization)
+                names = (
+                    []
+                    if arch is None
+                    else [
+                        layer_prefix(index) + linear
+                        for index in range(arch.num_layers)
+                        for linear in linear_shapes(arch)
+                    ]
+                )
+                storages = quantization_config.read(quantization, names)
             except ValueError as error:
                 problems.append(f"{path / 'config.json'}: {error}")
     elif quantized:
@@ -120,10 +131,10 @@ def open_checkpoint(path: Path, *, quantized: bool | None = None) -> Checkpoint:
     headers, header_problems = _read_headers(shards)
     problems += header_problems
     if arch is not None and not problems:
-        problems += _shape_problems(arch, headers, storage)
+        problems += _shape_problems(arch, headers, storages)
     raise_all(problems)
     assert arch is not None
-    return Checkpoint(path=path, config=config, arch=arch, shards=shards, storage=storage)
+    return Checkpoint(path=path, config=config, arch=arch, shards=shards, storages=storages)
 
 
 def check_finite(checkpoint: Checkpoint, on_tensor: Callable[[int, int], None] = lambda done, total: None) -> None:
@@ -279,7 +290,7 @@ def _broken(path: Path, error: Exception) -> str:
 
 
 def _shape_problems(
-    arch: Architecture, headers: Mapping[str, tuple[str, tuple[int, ...]]], storage: Storage | None
+    arch: Architecture, headers: Mapping[str, tuple[str, tuple[int, ...]]], storages: Storages | None
 ) -> list[str]:
     problems = []
     linears = linear_shapes(arch)
@@ -287,7 +298,8 @@ def _shape_problems(
         stem = name.removesuffix(".weight")
         if name not in headers:
             inside = stem.split(".", 3)[-1]
-            packed = storage is not None and inside in linears and any(key.startswith(f"{stem}.") for key in headers)
+            packed = inside in linears and storages is not None and storages.of(stem) is not None
+            packed = packed and any(key.startswith(f"{stem}.") for key in headers)
             if not packed:
                 problems.append(f"tensor {name} is missing: the checkpoint does not match its config.json")
             continue

@@ -66,6 +66,20 @@ def _size(context: click.Context, parameter: click.Parameter, text: str | None) 
         raise click.BadParameter(str(error)) from error
 
 
+def _overrides(
+    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> list[dict[str, str | int]]:
+    found: list[dict[str, str | int]] = []
+    for text in texts:
+        pattern, colon, pairs = text.rpartition(":")
+        given = [pair.partition("=") for pair in pairs.split(",")]
+        if not colon or not pattern or any(not key or not value for key, _, value in given):
+            raise click.BadParameter(f"{text!r}: write it as '*.down_proj:bits=8,group_size=32,symmetric=true'")
+        numbers = {key: int(value) for key, _, value in given if value.removeprefix("-").isdigit()}
+        found.append({"match": pattern} | {key: value for key, _, value in given} | numbers)
+    return found
+
+
 _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 _fresh = click.option("--fresh", is_flag=True, help="Replace what --out holds instead of resuming or refusing.")
 _device = click.option("--device", default="cpu", show_default=True, help="torch device, for example cuda.")
@@ -133,6 +147,13 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 @click.option("--group-size", type=int, default=128, show_default=True, help="-1: per channel.")
 @click.option("--symmetric/--asymmetric", default=False, show_default=True)
 @click.option(
+    "--ignore", multiple=True, metavar="PATTERN", help="Linears left in 16 bits: '*.down_proj'. May be repeated."
+)
+@click.option(
+    "--override", "overrides", multiple=True, callback=_overrides, metavar="PATTERN:KEY=VALUE,...",
+    help="Another scheme for some linears: 'model.layers.0.*:bits=8,group_size=32,symmetric=true'. May be repeated.",
+)  # fmt: skip
+@click.option(
     "--calibration",
     "text",
     multiple=True,
@@ -151,8 +172,8 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 @_friendly
 def quantize(
     checkpoint: Path, out: Path, effort: str, method: str | None, format_: str, bits: str, group_size: int,
-    symmetric: bool, text: tuple[str, ...], samples: int, length: int, memory_budget: int | None, device: str,
-    seed: int, fresh: bool,
+    symmetric: bool, ignore: tuple[str, ...], overrides: list[dict[str, str | int]], text: tuple[str, ...],
+    samples: int, length: int, memory_budget: int | None, device: str, seed: int, fresh: bool,
 ) -> None:  # fmt: skip
     """4-bit weights for CHECKPOINT, stored so that vLLM loads them.
 
@@ -160,6 +181,7 @@ def quantize(
     Example:
       quantkit quantize Llama-3.1-8B-Instruct --out llama-w4 --calibration prose.txt --calibration self:200
       quantkit quantize llama --out llama-awq --method awq --format awq --calibration prose.txt
+      quantkit quantize llama --out w4 --calibration c.jsonl --override '*.down_proj:bits=8,symmetric=true'
       torchrun --nproc-per-node 4 --no-python quantkit quantize llama --out w4 --calibration c.jsonl --device cuda
     """
     from quantkit import recipe, stages
@@ -174,6 +196,8 @@ def quantize(
             "bits": int(bits),
             "group_size": group_size,
             "symmetric": symmetric,
+            "ignore": ignore,
+            "overrides": overrides,
         },
         where="quantize",
     )

@@ -54,6 +54,17 @@ class Storage(NamedTuple):
     symmetric: bool
 
 
+class Storages(NamedTuple):
+    """How each linear of a checkpoint is stored."""
+
+    usual: Storage
+    special: Mapping[str, Storage | None]  # by full name, where it is not the usual one; None: not quantized
+
+    def of(self, linear: str) -> Storage | None:
+        """The storage of the linear of that full name."""
+        return self.special.get(linear, self.usual)
+
+
 def dequantize(quantized: QuantizedWeight) -> Tensor:
     """(integer - zero_point) * scale: float32 [out_features, in_features]."""
     grid = quantized.grid

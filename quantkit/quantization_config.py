@@ -1,12 +1,16 @@
 """What config.json says under "quantization_config": written for each format, and read, our own and other tools'."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from quantkit.formats import FORMATS, Storage, by_name
+from quantkit.formats import FORMATS, Storage, Storages, by_name
 
 
-def build(format: str, *, bits: int, group_size: int, symmetric: bool, ignore: Sequence[str]) -> dict[str, object]:
+def build(
+    format: str, *, bits: int, group_size: int, symmetric: bool, ignore: Sequence[str],
+    special: Mapping[str, Storage | None] | None = None,
+) -> dict[str, object]:  # fmt: skip
     """What config.json says under "quantization_config".
 
     group_size: -1 for per channel.
@@ -14,15 +18,25 @@ def build(format: str, *, bits: int, group_size: int, symmetric: bool, ignore: S
         as substrings; compressed-tensors matches names, and "re:..." as patterns; GPTQ has no place for them,
         and vLLM goes by which linears have packed tensors in the files. compressed-tensors alone can also
         carry a kv_cache_scheme: put it in the result.
+    special: linears of decoder layers by full name that are stored otherwise, or not quantized (None). Those that
+        vLLM runs as one (q, k, v; gate, up) must share a scheme.
 
-    Raises ValueError for an unknown format, and for AWQ without names to ignore.
+    Raises ValueError for an unknown format, and for AWQ without names to ignore or with linears of another scheme.
     """
     by_name(format)
-    return _BUILDERS[format](bits=bits, group_size=group_size, symmetric=symmetric, ignore=ignore)
+    config = _BUILDERS[format](bits=bits, group_size=group_size, symmetric=symmetric, ignore=ignore)
+    by_storage: dict[Storage | None, list[str]] = {}
+    for name, storage in (special or {}).items():
+        by_storage.setdefault(storage, []).append(name)
+    for number, (storage, names) in enumerate(sorted(by_storage.items(), key=str), start=1):
+        _SPECIALS[format](config, number, storage, names)
+    return config
 
 
-def read(config: Mapping[str, object]) -> Storage:
+def read(config: Mapping[str, object], linears: Iterable[str] = ()) -> Storages:
     """How a quantization_config, our own or another tool's, says that linears are stored.
+
+    linears: full names of those in decoder layers, to find out which of them are stored otherwise than most.
 
     Reads quant_method awq, gptq, compressed-tensors and auto-round (in its AWQ and GPTQ packing). group_size
     is -1 for per channel. AWQ is never symmetric: its files hold zero points even where they are all 8.
@@ -38,7 +52,9 @@ def read(config: Mapping[str, object]) -> Storage:
     method = config.get("quant_method")
     if method not in readers:
         raise ValueError(f"quant_method is {method!r}: only {', '.join(readers)} can be read")
-    return readers[str(method)](config)
+    usual = readers[str(method)](config)
+    special = {name: _special(config, usual, name) for name in linears}
+    return Storages(usual, {name: storage for name, storage in special.items() if storage != usual})
 
 
 class _Build(Protocol):
@@ -107,6 +123,106 @@ _BUILDERS: dict[str, _Build] = {
 }
 
 
+def _special_awq(config: dict[str, object], number: int, storage: Storage | None, names: list[str]) -> None:
+    if storage is not None:
+        raise ValueError("awq stores all its linears alike: choose compressed-tensors, or gptq")
+    ignored = config["modules_to_not_convert"]
+    assert isinstance(ignored, list)
+    ignored += names  # as substrings: a full name behind its layer's number and dot is no other's part
+
+
+def _special_gptq(config: dict[str, object], number: int, storage: Storage | None, names: list[str]) -> None:
+    dynamic = config.setdefault("dynamic", {})
+    assert isinstance(dynamic, dict)
+    for pattern in _patterns(names):
+        if storage is None:
+            dynamic[f"-:{pattern}"] = {}
+        else:
+            scheme = {"bits": storage.bits, "group_size": storage.group_size, "sym": storage.symmetric}
+            dynamic[f"+:{pattern}"] = scheme
+
+
+def _special_compressed_tensors(
+    config: dict[str, object], number: int, storage: Storage | None, names: list[str]
+) -> None:
+    targets = [f"re:{pattern}" for pattern in _patterns(names)]
+    groups, ignored = config["config_groups"], config["ignore"]
+    assert isinstance(groups, dict) and isinstance(ignored, list)
+    if storage is None:
+        ignored += targets
+        return
+    other = _compressed_tensors_config(
+        bits=storage.bits, group_size=storage.group_size, symmetric=storage.symmetric, ignore=[]
+    )["config_groups"]
+    assert isinstance(other, dict)
+    groups[f"group_{number}"] = other["group_0"] | {"targets": targets}
+
+
+_SPECIALS = {"awq": _special_awq, "gptq": _special_gptq, "compressed-tensors": _special_compressed_tensors}
+_FUSED = (("qkv_proj", ("q_proj", "k_proj", "v_proj")), ("gate_up_proj", ("gate_proj", "up_proj")))
+
+
+def _patterns(names: Sequence[str]) -> list[str]:
+    """Regular expressions for these linears, one for those of a kind; also for the names that vLLM fuses them under."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        _, _, index, kind = name.split(".", 3)
+        layers.setdefault(kind, []).append(int(index))
+    for fused, parts in _FUSED:
+        for kind in [kind for kind in layers if kind.rpartition(".")[2] == parts[0]]:
+            layers[f"{kind.rpartition('.')[0]}.{fused}"] = layers[kind]
+    by_layers: dict[tuple[int, ...], list[str]] = {}
+    for kind, found in layers.items():
+        by_layers.setdefault(tuple(sorted(found)), []).append(kind)
+    patterns = []
+    for indices, alike in by_layers.items():
+        numbers, endings = "|".join(map(str, indices)), "|".join(map(re.escape, alike))
+        patterns.append(rf"model\.layers\.({numbers})\.({endings})$")
+    return patterns
+
+
+def _special(config: Mapping[str, object], usual: Storage, name: str) -> Storage | None:
+    """How one linear is stored."""
+    if config.get("quant_method") == "awq":
+        ignored = config.get("modules_to_not_convert") or []
+        return None if isinstance(ignored, list) and any(str(part) in name for part in ignored) else usual
+    if config.get("quant_method") == "gptq":
+        return _special_by_dynamic(config.get("dynamic") or {}, usual, name)
+    if config.get("quant_method") == "compressed-tensors":
+        return _special_by_target(config, name)
+    return usual
+
+
+def _special_by_dynamic(dynamic: object, usual: Storage, name: str) -> Storage | None:
+    assert isinstance(dynamic, Mapping)
+    for pattern, scheme in dynamic.items():
+        if not re.match(str(pattern).removeprefix("-:").removeprefix("+:"), name):
+            continue
+        if str(pattern).startswith("-:"):
+            return None
+        given = scheme if isinstance(scheme, Mapping) else {}
+        bits, group_size = int(given.get("bits", usual.bits)), int(given.get("group_size", usual.group_size))
+        return _known("gptq", bits, group_size, bool(given.get("sym", usual.symmetric)))
+    return usual
+
+
+def _special_by_target(config: Mapping[str, object], name: str) -> Storage | None:
+    def listed(targets: object) -> bool:
+        return isinstance(targets, list) and any(
+            re.match(str(target).removeprefix("re:"), name) if str(target).startswith("re:") else target == name
+            for target in targets
+        )
+
+    groups = config["config_groups"]
+    assert isinstance(groups, Mapping)
+    if listed(config.get("ignore")):
+        return None
+    for key, group in sorted(groups.items(), key=lambda item: "Linear" in item[1].get("targets", [])):
+        if listed(group.get("targets")) or "Linear" in group.get("targets", []):
+            return _known("compressed-tensors", *_read_config_group(key, group, config.get("format")))
+    return None
+
+
 def _read_awq(config: Mapping[str, object]) -> Storage:
     # Files of AutoAWQ before transformers read them have w_bit and q_group_size.
     bits = _integer(config, "bits", "w_bit")
@@ -129,8 +245,8 @@ def _read_gptq(config: Mapping[str, object]) -> Storage:
     if config.get("desc_act") and group_size != -1:
         raise ValueError("desc_act with groups can not be read, nor loaded by vLLM 0.32: quantize with static groups")
     dynamic = config.get("dynamic") or {}
-    if not isinstance(dynamic, Mapping) or not all(str(pattern).startswith("-:") for pattern in dynamic):
-        raise ValueError("dynamic gives some linears a scheme of their own: only one scheme for all can be read")
+    if not isinstance(dynamic, Mapping):
+        raise ValueError(f"dynamic is {dynamic!r}: expected patterns with what they change")
     return _known("gptq", bits, group_size, bool(config.get("sym", True)))
 
 
@@ -154,11 +270,9 @@ def _read_compressed_tensors(config: Mapping[str, object]) -> Storage:
     groups = config.get("config_groups")
     if not isinstance(groups, Mapping) or not groups:
         raise ValueError("config_groups is empty: no weights are quantized")
-    schemes = {_read_config_group(name, group, config.get("format")) for name, group in groups.items()}
-    if len(schemes) > 1:
-        raise ValueError(f"config_groups {', '.join(groups)} have several schemes: only one for all can be read")
-    bits, group_size, symmetric = schemes.pop()
-    return _known("compressed-tensors", bits, group_size, symmetric)
+    schemes = {name: _read_config_group(name, group, config.get("format")) for name, group in groups.items()}
+    for_all = [name for name, group in groups.items() if "Linear" in group.get("targets", [])]
+    return _known("compressed-tensors", *schemes[for_all[0] if for_all else next(iter(schemes))])
 
 
 def _read_config_group(name: str, group: object, default_format: object) -> tuple[int, int, bool]:

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -34,6 +35,13 @@ def parse_fraction(value: object) -> object:
     return value
 
 
+def _group_size(value: int) -> int:
+    if value != -1 and value < 8:
+        raise ValueError(f"group_size {value} is too small: use -1 (per channel), 32, 64 or 128")
+    return value
+
+
+GroupSize = Annotated[int, AfterValidator(_group_size)]  # -1: one group a row
 Fraction = Annotated[PositiveFloat, BeforeValidator(parse_fraction)]
 
 
@@ -51,6 +59,15 @@ class TextWindows(Section):
     length: Annotated[int, Field(ge=16)] = 2048
 
 
+class Override(Section):
+    """A scheme for the linears whose full name matches; what is not given is as everywhere else."""
+
+    match: str  # a shell glob, or a regular expression behind "re:"
+    bits: Literal[4, 8] | None = None
+    group_size: GroupSize | None = None
+    symmetric: bool | None = None
+
+
 class Quantize(Section):
     """4-bit weights: effort and method choose the integers, the format stores them."""
 
@@ -61,17 +78,13 @@ class Quantize(Section):
     tuning_epochs: Annotated[int, Field(ge=0)] | None = None  # the effort's
     format: FormatName = "compressed-tensors"
     bits: Literal[4, 8] = 4
-    group_size: int = 128  # -1: one group a row
+    group_size: GroupSize = 128
     symmetric: bool = False
     act_order: bool = True
     damping: PositiveFloat = 0.01
+    ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits
+    overrides: tuple[Override, ...] = ()
     shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None  # by the calibration tokens an input
-
-    @model_validator(mode="after")
-    def _group(self) -> "Quantize":
-        if self.group_size != -1 and self.group_size < 8:
-            raise ValueError(f"group_size {self.group_size} is too small: use -1 (per channel), 32, 64 or 128")
-        return self
 
 
 class Draft(Section):

@@ -74,7 +74,9 @@ def quantize(
 
         source = checkpoints.open_checkpoint(checkpoint, quantized=False)
         plan = Settings.of(**settings.model_dump())
-        stream.check_settings(source, plan)
+        for limit in stream.check_settings(source, plan):
+            report(limit, 0, LINE)
+        special = stream.storages(source.arch, plan).special
         windows = tokens.tokenize(
             calibration.text, tokens.load_tokenizer(checkpoint), samples=calibration.samples,
             length=calibration.length, seed=seed,
@@ -110,6 +112,7 @@ def quantize(
             "output_curvature": plan.output_curvature,
             "shrinkage": plan.shrinkage,
             "tuning_kl_nats": [round(kl, 6) for kl in tuned],
+            "special": {name: storage and storage._asdict() for name, storage in special.items()},  # null: 16 bits
             "linears": [note._asdict() for note in notes],
         }
 

@@ -1,11 +1,12 @@
 """What config.json says: written in full, valid to its own library, read from other tools, refused with a reason."""
 
+import re
 from collections.abc import Mapping
 
 import pytest
 
 from quantkit import quantization_config
-from quantkit.formats import FORMATS
+from quantkit.formats import FORMATS, Storage
 
 
 @pytest.mark.parametrize("name", sorted(FORMATS))
@@ -16,7 +17,7 @@ def test_config_round_trip(name: str, group_size: int, symmetric: bool, bits: in
     bits = 4 if name == "awq" else bits
     config = quantization_config.build(name, bits=bits, group_size=group_size, symmetric=symmetric, ignore=["lm_head"])
     expected = (name, bits, group_size, symmetric and name != "awq")
-    assert quantization_config.read(config) == expected
+    assert quantization_config.read(config).usual == expected
 
 
 def test_configs_in_full() -> None:
@@ -100,7 +101,7 @@ def compressed_tensors_group(**changes: object) -> dict[str, object]:
     ],
 )
 def test_other_tools_configs_are_read(config: Mapping[str, object], expected: tuple[str, int, int, bool]) -> None:
-    assert quantization_config.read(config) == expected
+    assert quantization_config.read(config).usual == expected
 
 
 AWQ: dict[str, object] = {"quant_method": "awq", "bits": 4, "group_size": 64}
@@ -120,7 +121,7 @@ COMPRESSED: dict[str, object] = {"quant_method": "compressed-tensors", "format":
         ({**AWQ, "group_size": None}, "group_size is None"),
         ({**GPTQ, "checkpoint_format": "gptq_v2"}, "gptq_v2"),
         ({**GPTQ, "desc_act": True}, "desc_act"),
-        ({**GPTQ, "dynamic": {"+:.*down_proj": {"bits": 8}}}, "dynamic"),
+        ({**GPTQ, "dynamic": ["-:.*down_proj"]}, "dynamic"),
         ({"quant_method": "auto-round", "packing_format": "auto_round:fp8"}, "packing_format"),
         ({**COMPRESSED, "config_groups": {}}, "config_groups is empty"),
         ({**COMPRESSED, "config_groups": {"g": compressed_tensors_group(type="float")}}, "static integers"),
@@ -129,13 +130,6 @@ COMPRESSED: dict[str, object] = {"quant_method": "compressed-tensors", "format":
         (
             {**COMPRESSED, "format": "int-quantized", "config_groups": {"g": compressed_tensors_group()}},
             "int-quantized",
-        ),
-        (
-            {
-                **COMPRESSED,
-                "config_groups": {"g": compressed_tensors_group(), "h": compressed_tensors_group(num_bits=8)},
-            },
-            "several schemes",
         ),
         (
             {
@@ -149,3 +143,41 @@ COMPRESSED: dict[str, object] = {"quant_method": "compressed-tensors", "format":
 def test_configs_that_cannot_be_read_say_why(config: Mapping[str, object], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         quantization_config.read(config)
+
+
+ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+LINEARS = [f"model.layers.{i}.{name}" for i in range(12) for name in (*ATTENTION, "self_attn.o_proj", "mlp.down_proj")]
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "awq"])
+def test_linears_stored_otherwise_are_read_back(format: str) -> None:
+    usual = Storage(format, 4, 64, format == "gptq")
+    special: dict[str, Storage | None] = {f"model.layers.1.{name}": None for name in ATTENTION}
+    special["model.layers.11.mlp.down_proj"] = None
+    if format != "awq":
+        special["model.layers.1.mlp.down_proj"] = Storage(format, 8, 32, True)
+        special["model.layers.2.mlp.down_proj"] = Storage(format, 4, -1, True)
+    config = quantization_config.build(
+        format, bits=4, group_size=64, symmetric=usual.symmetric, ignore=["lm_head"], special=special
+    )
+    found = quantization_config.read(config, LINEARS)
+    assert found.usual == usual
+    assert dict(found.special) == special
+    assert found.of("model.layers.10.mlp.down_proj") == usual
+
+
+def test_what_vllm_fuses_is_named_as_it_names_it() -> None:
+    special = dict.fromkeys(f"model.layers.{index}.{name}" for index in (0, 3) for name in ATTENTION)
+    config = quantization_config.build(
+        "gptq", bits=4, group_size=64, symmetric=True, ignore=["lm_head"], special=special
+    )
+    (pattern,) = config["dynamic"]  # type: ignore[misc]
+    for name in ("model.layers.3.self_attn.qkv_proj", "model.layers.0.self_attn.k_proj"):
+        assert re.match(pattern.removeprefix("-:"), name)
+    for name in ("model.layers.30.self_attn.qkv_proj", "model.layers.3.self_attn.o_proj"):
+        assert not re.match(pattern.removeprefix("-:"), name)
+    with pytest.raises(ValueError, match="all its linears alike"):
+        quantization_config.build(
+            "awq", bits=4, group_size=64, symmetric=False, ignore=["lm_head"],
+            special={LINEARS[0]: Storage("awq", 4, 32, False)},
+        )  # fmt: skip

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 
-from quantkit.architecture import INPUT_GROUPS, Architecture, linear_shapes
+from quantkit.architecture import INPUT_GROUPS, Architecture, layer_prefix, linear_shapes
 from quantkit.errors import raise_all
 from quantkit.progress import spoken
-from quantkit.quantize import fisher
+from quantkit.quantize import fisher, schemes
 from quantkit.quantize.gptq import FLOAT64_IN_FEATURES
 from quantkit.quantize.layer import BATCH, Settings
 from quantkit.quantize.tune import Plan
@@ -75,7 +75,12 @@ def need(
     inside += tokens * arch.intermediate_size * compute_bytes  # what down_proj reads, of one stream
     states = 2 * streams * tokens * arch.hidden_size * 4
     outer = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
-    packed = arch.num_layers * layer * (settings.bits + 0.5) / 8 + outer * 2
+    stored = schemes.plan(arch, settings.storage, settings.ignore, settings.overrides)
+    packed = outer * 2 + sum(
+        rows * columns * (storage.bits + 0.5 if (storage := stored.of(layer_prefix(index) + name)) else 16) / 8
+        for index in range(arch.num_layers)
+        for name, (rows, columns) in shapes.items()
+    )
     disk = inside + states + 2 * packed
     memory = weights + sums + factor + stacked + activations
     if settings.output_curvature:

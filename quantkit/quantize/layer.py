@@ -5,7 +5,7 @@ it. With drift correction the original layer runs beside it, on the original mod
 outputs ought to be.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +15,13 @@ from torch import Tensor
 from quantkit import decoder, formats
 from quantkit.architecture import INPUT_GROUPS, Architecture
 from quantkit.decoder import Rotation
-from quantkit.formats import Grid, QuantizedWeight
+from quantkit.formats import Grid, QuantizedWeight, Storage
 from quantkit.quantize import ranks, states
 from quantkit.quantize.awq import awq, search_scale
 from quantkit.quantize.drift import target_weight
 from quantkit.quantize.gptq import gptq
 from quantkit.quantize.gram import add_gram, mirror, shrunk, usual_shrinkage
+from quantkit.quantize.schemes import Override
 
 BATCH = 4  # samples a forward pass
 
@@ -58,11 +59,24 @@ class Settings(NamedTuple):
     drift_correction: float = 0.0  # share of the drift so far that a linear makes up for
     output_curvature: bool = False  # whether rows make up for each other's errors (`fisher`)
     tuning_epochs: int = 0  # passes of `tune` over the calibration windows
+    ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits (`schemes`)
+    overrides: tuple[Override, ...] = ()  # of bits, group size and symmetry, by pattern
 
     @classmethod
     def of(cls, *, effort: str, **given: Any) -> "Settings":
         """The settings of an effort; what is given, and not None, wins over the effort's."""
-        return cls(**EFFORTS[effort]._asdict() | {name: value for name, value in given.items() if value is not None})
+        chosen = EFFORTS[effort]._asdict() | {name: value for name, value in given.items() if value is not None}
+        overrides = [each if isinstance(each, Override) else Override(**each) for each in chosen.pop("overrides", ())]
+        return cls(**chosen | {"overrides": tuple(overrides), "ignore": tuple(chosen.get("ignore", ()))})
+
+    @property
+    def storage(self) -> Storage:
+        """How linears are stored that no pattern names."""
+        return Storage(self.format, self.bits, self.group_size, self.symmetric)
+
+    def stored_as(self, storage: Storage) -> "Settings":
+        """The settings for a linear that is stored so."""
+        return self._replace(bits=storage.bits, group_size=storage.group_size, symmetric=storage.symmetric)
 
     @property
     def streams(self) -> tuple[str, ...]:
@@ -107,11 +121,13 @@ class Layer:
     def __init__(
         self, original: dict[str, Tensor], arch: Architecture, settings: Settings, rotary: Rotation,
         hidden: dict[str, Tensor], folder: Path, fisher: dict[str, list[Tensor]] | None = None,
+        special: Mapping[str, Storage | None] | None = None,
     ) -> None:  # fmt: skip
         """Begin a layer.
 
         original: its dense tensors, float32. hidden: the states before it, float32 [samples, length, C], of the
         "quantized" model and, for drift correction, of the "original". folder: for what stands between the linears.
+        special: how linears are stored, by their name in the layer, where that is not the settings'; None: dense.
         fisher: by linear, the diagonal blocks of the Fisher information at its outputs (`fisher.read`).
         """
         self.arch = arch
@@ -121,6 +137,7 @@ class Layer:
         self.dtype = rotary[0].dtype
         self.folder = folder
         self.fisher = fisher or {}
+        self.special = special or {}
         self.weights = dict(original)  # float32; a linear's weight is replaced by its dequantized one
         self.quantized: dict[str, QuantizedWeight] = {}
         self.notes: list[LinearNote] = []
@@ -210,8 +227,12 @@ class Layer:
         self, names: tuple[str, ...], read: Callable[[Run, slice], Tensor], *, producer: str,
         residual: Callable[[Run, slice], Tensor] | None = None,
     ) -> None:  # fmt: skip
+        storage = self.special.get(names[0], self.settings.storage)  # the linears of a group share it
+        if storage is None:
+            return
+        settings = self.settings.stored_as(storage)
         inputs = self._observe(read, residual)
-        shrinkage = self.settings.shrinkage
+        shrinkage = settings.shrinkage
         if shrinkage is None:
             shrinkage = usual_shrinkage(len(inputs.gram_II), inputs.tokens)
         # Rows are independent of each other: stacked, the linears share one inverse of the Gram matrix.
@@ -219,17 +240,17 @@ class Layer:
         gram_II, exponent = inputs.gram_II, None
         if inputs.cross_II is not None:
             weight_OI = target_weight(
-                weight_OI, gram_II, inputs.cross_II, inputs.residual_CI, strength=self.settings.drift_correction,
+                weight_OI, gram_II, inputs.cross_II, inputs.residual_CI, strength=settings.drift_correction,
                 shrinkage=shrinkage,
             )  # fmt: skip
-        if self.settings.method != "gptq":
-            scale_I, exponent = self._search(names, weight_OI, inputs)
+        if settings.method != "gptq":
+            scale_I, exponent = self._search(settings, names, weight_OI, inputs)
             self._fold(producer, scale_I)
             weight_OI = weight_OI * scale_I
             gram_II = gram_II / (scale_I[:, None] * scale_I)
         curvature = [block for name in names for block in self.fisher.get(name, [])]
         quantized, damping = ranks.by_rows(
-            lambda rows_OI, blocks: self._choose(rows_OI, gram_II, shrinkage, blocks), weight_OI, curvature
+            lambda rows_OI, blocks: _choose(settings, rows_OI, gram_II, shrinkage, blocks), weight_OI, curvature
         )
         dead, begin = int((gram_II.diagonal() == 0).sum()), 0
         for name in names:
@@ -266,46 +287,32 @@ class Layer:
         mirror(means["gram"])
         return _Inputs(count, means["gram"], means["abs"], means.get("cross"), means.get("residual"))
 
-    def _choose(
-        self, weight_OI: Tensor, gram_II: Tensor, shrinkage: float, curvature: Sequence[Tensor]
-    ) -> tuple[QuantizedWeight, float]:
-        """The method's integers for some rows, and the damping it took."""
-        settings, group_size = self.settings, self._group_size(weight_OI.shape[1])
-        if settings.method == "awq":
-            bits, symmetric = settings.bits, settings.symmetric
-            return awq(weight_OI, gram_II, bits=bits, group_size=group_size, symmetric=symmetric), 0.0
-        result = gptq(
-            weight_OI, shrunk(gram_II, shrinkage), bits=settings.bits, group_size=group_size,
-            symmetric=settings.symmetric, act_order=settings.act_order, damping=settings.damping,
-            output_hessians=[shrunk(block, OUTPUT_SHRINKAGE) for block in curvature],
-        )  # fmt: skip
-        return result.quantized, result.damping
-
-    def _search(self, names: tuple[str, ...], weight_OI: Tensor, inputs: _Inputs) -> tuple[Tensor, float]:
-        settings, arch = self.settings, self.arch
+    def _search(
+        self, settings: Settings, names: tuple[str, ...], weight_OI: Tensor, inputs: _Inputs
+    ) -> tuple[Tensor, float]:
+        arch = self.arch
         tie = _tie_query_heads(arch) if names == ("self_attn.o_proj",) and arch.kv_group > 1 else None
         found = search_scale(
             [weight_OI], inputs.gram_II, inputs.mean_abs_I, bits=settings.bits,
-            group_size=self._group_size(len(inputs.gram_II)), symmetric=settings.symmetric, tie=tie,
+            group_size=_group_size(settings, len(inputs.gram_II)), symmetric=settings.symmetric, tie=tie,
             **(_BEFORE_GPTQ if settings.method == "awq+gptq" else {}),
         )  # fmt: skip
         return found.scale_I, found.exponent
 
     def _fold(self, producer: str, scale_I: Tensor) -> None:
         """Divide what the producer gives by the scale, so that the layer computes the same as before."""
+        if producer == "self_attn.v_proj":  # one value head feeds a group of query heads, whose scales are tied
+            scale_I = scale_I.unflatten(0, (self.arch.num_kv_heads, self.arch.kv_group, -1))[:, 0].flatten()
+        weight = self.weights[f"{producer}.weight"]
         if producer in self.quantized:
-            if producer == "self_attn.v_proj":  # one value head feeds a group of query heads, whose scales are tied
-                scale_I = scale_I.unflatten(0, (self.arch.num_kv_heads, self.arch.kv_group, -1))[:, 0].flatten()
             integers_OI, grid = self.quantized[producer]
             narrow_OG = (grid.scale_OG / scale_I[:, None]).to(torch.float16).float()  # as it will be stored
             self._keep(producer, QuantizedWeight(integers_OI, grid._replace(scale_OG=narrow_OG)))
-            if (bias := self.weights.get(f"{producer}.bias")) is not None:
-                self._set(f"{producer}.bias", _narrow(bias / scale_I))
         else:
-            self._set(f"{producer}.weight", _narrow(self.weights[f"{producer}.weight"] / scale_I))
-
-    def _group_size(self, in_features: int) -> int:
-        return self.settings.group_size if self.settings.group_size > 0 else in_features
+            by_output = scale_I if weight.ndim == 1 else scale_I[:, None]  # a norm, or a linear left dense
+            self._set(f"{producer}.weight", _narrow(weight / by_output))
+        if (bias := self.weights.get(f"{producer}.bias")) is not None:
+            self._set(f"{producer}.bias", _narrow(bias / scale_I))
 
     def _keep(self, name: str, quantized: QuantizedWeight) -> None:
         self.quantized[name] = quantized
@@ -314,6 +321,25 @@ class Layer:
     def _set(self, name: str, tensor: Tensor) -> None:
         self.weights[name] = tensor
         self.run.weights[name] = tensor.to(self.dtype)
+
+
+def _choose(
+    settings: Settings, weight_OI: Tensor, gram_II: Tensor, shrinkage: float, curvature: Sequence[Tensor]
+) -> tuple[QuantizedWeight, float]:
+    """The method's integers for some rows, and the damping it took."""
+    bits, symmetric, group_size = settings.bits, settings.symmetric, _group_size(settings, weight_OI.shape[1])
+    if settings.method == "awq":
+        return awq(weight_OI, gram_II, bits=bits, group_size=group_size, symmetric=symmetric), 0.0
+    result = gptq(
+        weight_OI, shrunk(gram_II, shrinkage), bits=bits, group_size=group_size, symmetric=symmetric,
+        act_order=settings.act_order, damping=settings.damping,
+        output_hessians=[shrunk(block, OUTPUT_SHRINKAGE) for block in curvature],
+    )  # fmt: skip
+    return result.quantized, result.damping
+
+
+def _group_size(settings: Settings, in_features: int) -> int:
+    return settings.group_size if settings.group_size > 0 else in_features
 
 
 def _rows(quantized: QuantizedWeight, rows: slice) -> QuantizedWeight:

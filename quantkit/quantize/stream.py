@@ -15,28 +15,48 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantkit import artifacts, decoder, formats, hardware, quantization_config, vllm_support
-from quantkit.architecture import INPUT_GROUPS, layer_prefix, linear_shapes
+from quantkit.architecture import INPUT_GROUPS, Architecture, layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint, copy_companions, open_checkpoint, save_tensors, write_weights
 from quantkit.errors import QuantkitError, raise_all
-from quantkit.formats import QuantizedWeight, Storage
+from quantkit.formats import QuantizedWeight, Storages
 from quantkit.progress import Report, silent
-from quantkit.quantize import fisher, ranks, states, tune
+from quantkit.quantize import fisher, ranks, schemes, states, tune
 from quantkit.quantize.layer import Layer, LinearNote, Settings
 from quantkit.tokens import TokenSet
 
 _TUNED = "tuned"  # where the layers lie whose scales have learned, beside those as they were quantized
 
 
-def check_settings(checkpoint: Checkpoint, settings: Settings) -> None:
-    """Refuse, before any work, what vLLM would not load.
+def check_settings(checkpoint: Checkpoint, settings: Settings) -> list[str]:
+    """Refuse, before any work, what vLLM would not load; returns what only some devices load, a sentence each.
 
     Raises:
         QuantkitError: each reason, with what to choose instead.
     """
-    raise_all(vllm_support.unsupported(
-        settings.format, bits=settings.bits, group_size=settings.group_size, symmetric=settings.symmetric,
-        shapes=linear_shapes(checkpoint.arch),
-    ))  # fmt: skip
+    stored = storages(checkpoint.arch, settings)
+    problems: list[str] = []
+    limits: list[str] = []
+    for storage in {stored.usual, *stored.special.values()} - {None}:
+        assert storage is not None
+        shapes = {
+            linear: shape
+            for linear, shape in linear_shapes(checkpoint.arch).items()
+            if any(stored.of(layer_prefix(index) + linear) == storage for index in range(checkpoint.arch.num_layers))
+        }
+        for ask, reasons in (
+            (vllm_support.unsupported, problems), (vllm_support.cuda_only, limits), (vllm_support.cpu_only, limits),
+        ):  # fmt: skip
+            reasons += ask(
+                storage.format, bits=storage.bits, group_size=storage.group_size, symmetric=storage.symmetric,
+                shapes=shapes,
+            )  # fmt: skip
+    raise_all(problems)
+    return sorted(set(limits))
+
+
+def storages(arch: Architecture, settings: Settings) -> Storages:
+    """How the settings' linears are stored."""
+    return schemes.plan(arch, settings.storage, settings.ignore, settings.overrides)
 
 
 def quantize_layers(
@@ -47,7 +67,7 @@ def quantize_layers(
     Under torch.distributed every rank calls this with the same arguments: samples and rows are shared out, rank 0
     stores the layers, and `folder` must be on a disk that all ranks see.
     """
-    arch = checkpoint.arch
+    arch, stored = checkpoint.arch, storages(checkpoint.arch, settings)
     folder.mkdir(parents=True, exist_ok=True)
     own = _own(folder)
     own.mkdir(exist_ok=True)
@@ -66,7 +86,9 @@ def quantize_layers(
             report("layer", index, arch.num_layers)
             original = {name: tensor.to(device) for name, tensor in checkpoint.layer(index).items()}
             curvature = fisher.read(folder, index, rotary[0].device) if settings.output_curvature else None
-            layer = Layer(original, arch, settings, rotary, hidden, own, curvature)
+            prefix = layer_prefix(index)
+            special = {n.removeprefix(prefix): s for n, s in stored.special.items() if n.startswith(prefix)}
+            layer = Layer(original, arch, settings, rotary, hidden, own, curvature, special)
             layer.quantize()
             behind = {name: states.make(own, index + 1, name, tensor.shape) for name, tensor in hidden.items()}
             layer.outputs(layer.run, behind["quantized"])
@@ -92,7 +114,8 @@ def tune_scales(
     if not settings.tuning_epochs:
         return []
     learned = tune.tune(
-        checkpoint, ranks.share(tokens.input_ids_ST), tune.Plan(epochs=settings.tuning_epochs), storage(settings),
+        checkpoint, ranks.share(tokens.input_ids_ST), tune.Plan(epochs=settings.tuning_epochs),
+        storages(checkpoint.arch, settings),
         seed=seed, layers=folder, own=_own(folder), out=folder / _TUNED, device=device,
         dtype=hardware.compute_dtype(device), report=report,
     )  # fmt: skip
@@ -170,17 +193,12 @@ def write_checkpoint(checkpoint: Checkpoint, settings: Settings, *, folder: Path
         "dtype": "float16",
         "quantization_config": quantization_config.build(
             settings.format, bits=settings.bits, group_size=settings.group_size, symmetric=settings.symmetric,
-            ignore=["lm_head"],
+            ignore=["lm_head"], special=storages(checkpoint.arch, settings).special,
         ),
     }  # fmt: skip
     config.pop("torch_dtype", None)  # the old spelling of dtype
     artifacts.write_json(out / "config.json", config)
     copy_companions(checkpoint.path, out)
-
-
-def storage(settings: Settings) -> Storage:
-    """How the settings' linears are stored."""
-    return Storage(settings.format, settings.bits, settings.group_size, settings.symmetric)
 
 
 def _own(folder: Path) -> Path:
@@ -224,7 +242,7 @@ def _read_notes(folder: Path, index: int) -> list[LinearNote]:
     with safe_open(layer_file(folder, index), framework="pt") as handle:
         metadata: Mapping[str, str] = handle.metadata()
     notes = []
-    for linear in (linear for group in INPUT_GROUPS for linear in group):
+    for linear in (linear for group in INPUT_GROUPS for linear in group if linear in metadata):
         error, dead, damping, exponent = metadata[linear].split(",")
         alpha = None if exponent == "None" else float(exponent)
         notes.append(LinearNote(layer_prefix(index) + linear, float(error), int(dead), float(damping), alpha))

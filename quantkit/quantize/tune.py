@@ -18,10 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quantkit import decoder, formats
-from quantkit.architecture import linear_shapes
+from quantkit.architecture import layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint, save_tensors, unpack_linear
 from quantkit.decoder import Rotation
-from quantkit.formats import QuantizedWeight, Storage
+from quantkit.formats import QuantizedWeight, Storages
 from quantkit.losses import chunked_forward_kl
 from quantkit.progress import Report
 from quantkit.quantize import ranks, states
@@ -81,13 +81,15 @@ class _Leaves:
 class _TunedLayer:
     """A stored layer, opened to learn."""
 
-    def __init__(self, checkpoint: Checkpoint, index: int, path: Path, storage: Storage, own: Path) -> None:
+    def __init__(self, checkpoint: Checkpoint, index: int, path: Path, storages: Storages, own: Path) -> None:
         stored = load_file(path)
         self.levels: dict[str, Tensor] = {}  # integer - zero point, [out_features, groups, group_size]
         self.fixed = {name: tensor for name, tensor in stored.items() if name.endswith(".weight") and tensor.ndim > 1}
         start = {}
         for linear, shape in linear_shapes(checkpoint.arch).items():
             if f"{linear}.weight" not in self.fixed:
+                storage = storages.of(layer_prefix(index) + linear)
+                assert storage is not None
                 integers_OI, grid = unpack_linear(stored, linear, shape, storage)
                 levels_OGi = formats.grouped(integers_OI.int(), grid.group_size) - grid.zero_point_OG[..., None]
                 narrow = torch.int8 if grid.bits <= 4 else torch.int16
@@ -114,7 +116,7 @@ class _TunedLayer:
 
 
 def tune(
-    checkpoint: Checkpoint, input_ids_ST: Tensor, plan: Plan, storage: Storage, *, seed: int, layers: Path, own: Path,
+    checkpoint: Checkpoint, input_ids_ST: Tensor, plan: Plan, storages: Storages, *, seed: int, layers: Path, own: Path,
     out: Path, device: str, dtype: torch.dtype, report: Report,
 ) -> Learned:  # fmt: skip
     """Learn on this rank's windows, and store every layer anew in `out`, the last norm in `out`/outer.safetensors.
@@ -128,7 +130,7 @@ def tune(
     out.mkdir(exist_ok=True)
     told_STC = states.find(own, arch.num_layers, "original", (*input_ids_ST.shape, arch.hidden_size))
     assert told_STC is not None, "the original model's last states were not kept"
-    model = _Model(checkpoint, layers, storage, plan, tuple(input_ids_ST.shape), own, device, dtype)
+    model = _Model(checkpoint, layers, storages, plan, tuple(input_ids_ST.shape), own, device, dtype)
     begin, kl = model.restore(out)
     windows = len(input_ids_ST) if ranks.world_size() == 1 else ranks.sum_up({}, len(input_ids_ST))
     per_epoch = -(-windows // plan.batch_size)
@@ -164,17 +166,17 @@ class _Model:
     """The whole model while it learns, in mapped files."""
 
     def __init__(
-        self, checkpoint: Checkpoint, layers: Path, storage: Storage, plan: Plan, shape_ST: tuple[int, ...], own: Path,
-        device: str, dtype: torch.dtype,
+        self, checkpoint: Checkpoint, layers: Path, storages: Storages, plan: Plan, shape_ST: tuple[int, ...],
+        own: Path, device: str, dtype: torch.dtype,
     ) -> None:  # fmt: skip
-        self.arch, self.storage, self.plan, self.device, self.dtype = checkpoint.arch, storage, plan, device, dtype
+        self.arch, self.storages, self.plan, self.device, self.dtype = checkpoint.arch, storages, plan, device, dtype
         self.rotary: Rotation = decoder.rotation(checkpoint.config, shape_ST[1], dtype=dtype, device=device)
         outer = checkpoint.outer()
         self.embedding_VC = outer["model.embed_tokens.weight"]
         self.head_VC = outer.get("lm_head.weight", self.embedding_VC).to(device, dtype)
         self.norm_C = outer[_NORM].to(device)
         self.layers = [
-            _TunedLayer(checkpoint, index, layers / f"layer-{index:05d}.safetensors", storage, own)
+            _TunedLayer(checkpoint, index, layers / f"layer-{index:05d}.safetensors", storages, own)
             for index in range(self.arch.num_layers)
         ]
         self.last = _Leaves(own, self.arch.num_layers, {_NORM: outer[_NORM]}, scales=0)
@@ -255,7 +257,7 @@ class _Model:
 
     def store(self, layers: Path, out: Path) -> None:
         """Write every layer with what it learned, packed as it was."""
-        pack = formats.by_name(self.storage.format).pack
+        pack = formats.by_name(self.storages.usual.format).pack
         shapes = linear_shapes(self.arch)
         for index, layer in enumerate(self.layers):
             path = layers / f"layer-{index:05d}.safetensors"
@@ -265,7 +267,9 @@ class _Model:
                 if linear not in layer.levels:
                     stored[name] = tensor.half().clone()
                     continue
-                integers_OI, grid = unpack_linear(stored, linear, shapes[linear], self.storage)
+                storage = self.storages.of(layer_prefix(index) + linear)
+                assert storage is not None
+                integers_OI, grid = unpack_linear(stored, linear, shapes[linear], storage)
                 scale_OG = tensor.half().float().clamp(min=FLOAT16_TINY)
                 learned = QuantizedWeight(integers_OI, grid._replace(scale_OG=scale_OG))
                 stored |= {f"{linear}.{part}": packed.contiguous() for part, packed in pack(learned).items()}

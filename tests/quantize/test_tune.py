@@ -107,7 +107,8 @@ def test_gradients_are_those_of_the_whole_model_at_once(
     own = tmp_path / "own"
     own.mkdir()
     plan, ids = tune.Plan(batch_size=2), windows.input_ids_ST[:2]
-    model = tune._Model(source, layers, stream.storage(SETTINGS), plan, tuple(ids.shape), own, "cpu", torch.float32)
+    stored = stream.storages(source.arch, SETTINGS)
+    model = tune._Model(source, layers, stored, plan, tuple(ids.shape), own, "cpu", torch.float32)
     monkeypatch.setattr(tune._Leaves, "move", lambda leaves, gradient_P, *rest: taken.update({id(leaves): gradient_P}))
     told = torch.randn(*ids.shape, source.arch.hidden_size, generator=torch.Generator().manual_seed(0))
     model.step(ids, told, 2, 1, 1.0)

@@ -1,0 +1,103 @@
+"""Patterns to schemes: what matches, what is refused, and that a checkpoint with several is what was asked for."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit import formats, tokens
+from quantkit.architecture import Architecture, layer_prefix, linear_shapes
+from quantkit.checkpoint import open_checkpoint
+from quantkit.errors import QuantkitError
+from quantkit.formats import Storage
+from quantkit.progress import silent
+from quantkit.quantize import stream
+from quantkit.quantize.layer import Settings
+from quantkit.quantize.schemes import Override, plan
+
+USUAL = Storage("compressed-tensors", 4, 32, False)
+
+
+@pytest.fixture(scope="module")
+def arch(tiny_llama: Path) -> Architecture:
+    return open_checkpoint(tiny_llama).arch
+
+
+def test_the_last_override_wins_and_what_is_ignored_stays_so(arch: Architecture) -> None:
+    found = plan(
+        arch,
+        USUAL,
+        ignore=("model.layers.1.mlp.down_proj",),
+        overrides=(
+            Override("*.down_proj", bits=8, symmetric=True),
+            Override(r"re:model\.layers\.0\.mlp\.down_proj", group_size=64),
+            Override("*.o_proj", bits=4),  # as everywhere: nothing special
+        ),
+    )
+    assert dict(found.special) == {
+        "model.layers.0.mlp.down_proj": Storage("compressed-tensors", 4, 64, False),
+        "model.layers.1.mlp.down_proj": None,
+    }
+    assert found.of("model.layers.0.self_attn.o_proj") == USUAL
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"ignore": ("*.down",)}, r"ignore '\*.down' matches no linear"),
+        ({"overrides": (Override("model.layers.7.*", bits=8),)}, "override 'model.layers.7"),
+        ({"ignore": ("*.q_proj",)}, "q_proj, k_proj, v_proj of layer 0 are one linear"),
+        ({"overrides": (Override("*.gate_proj", bits=8),)}, "gate_proj, up_proj of layer 0 are one linear"),
+        ({"ignore": ("*",)}, "all linears are ignored"),
+        ({"usual": USUAL._replace(format="awq"), "overrides": (Override("*.o_proj", bits=8),)}, "awq stores all"),
+    ],
+)
+def test_what_cannot_be_is_refused(given: dict[str, object], reason: str, arch: Architecture) -> None:
+    with pytest.raises(QuantkitError, match=reason):
+        plan(arch, **{"usual": USUAL, **given})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("effort", ["fast", "default", "high"])
+@pytest.mark.parametrize(("format", "symmetric"), [("compressed-tensors", False), ("gptq", True), ("awq", False)])
+def test_a_checkpoint_with_several_schemes(
+    effort: str, format: str, symmetric: bool, tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Each linear has the scheme asked for, and the whole is nearer to the original than without the 16-bit ones."""
+    source = open_checkpoint(tiny_llama)
+    windows = tokens.tokenize([str(texts[0])], tokens.load_tokenizer(tiny_llama), samples=6, length=64, seed=0)
+    scheme = {"format": format, "bits": 4, "group_size": 32, "symmetric": symmetric, "act_order": True, "damping": 0.01}
+    ignore = ("model.layers.0.self_attn.[qkv]_proj", "*.1.mlp.gate_proj", "*.1.mlp.up_proj")
+    overrides = () if format == "awq" else ({"match": "*.down_proj", "bits": 8, "symmetric": True},)
+    settings = Settings.of(effort=effort, ignore=ignore, overrides=overrides, tuning_epochs=effort == "high", **scheme)
+    layers, out = tmp_path / "layers", tmp_path / "out"
+    out.mkdir()
+    notes = stream.quantize_layers(source, windows, settings, folder=layers, device="cpu", report=silent)
+    stream.tune_scales(source, windows, settings, folder=layers, seed=0, device="cpu", report=silent)
+    stream.write_checkpoint(source, settings, folder=layers, out=out)
+
+    opened = open_checkpoint(out, quantized=True)
+    assert opened.storages is not None
+    dense, shapes = 0, linear_shapes(source.arch)
+    for index in range(source.arch.num_layers):
+        made, original = opened.layer(index), source.layer(index)
+        for linear in shapes:
+            name = layer_prefix(index) + linear
+            weight, before = made[f"{linear}.weight"], original[f"{linear}.weight"]
+            if opened.storages.of(name) is None:
+                dense += 1
+                assert f"{name}.weight" in opened.shards
+                if effort == "fast":  # otherwise they may have taken in a scale
+                    assert torch.equal(weight, before.half().float())
+            elif effort == "fast":
+                relative = float((weight - before).norm() / before.norm())
+                bits = 8 if format != "awq" and linear == "mlp.down_proj" else 4
+                assert relative < (0.02 if bits == 8 else 0.3)
+                levels = formats.grouped(weight, 32).sort(-1).values.unique_consecutive(dim=-1).shape[-1]
+                assert levels > 16 or bits == 4
+    assert dense == 5
+    assert {note.linear for note in notes} == {
+        layer_prefix(index) + linear
+        for index in range(source.arch.num_layers)
+        for linear in shapes
+        if opened.storages.of(layer_prefix(index) + linear) is not None
+    }
