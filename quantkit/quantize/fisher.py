@@ -2,19 +2,23 @@
 
 KL(original || quantized) is to second order e^T F e / 2, with F the Fisher information at the output that carries the
 error e. Averaged over tokens it is the output side of a Kronecker-factored curvature (K-FAC, Martens and Grosse, arXiv
-1503.05671), as the Gram matrix of the inputs is its input side; `gptq` rounds under both. One forward and one backward
-pass of the original model, a layer at a time: the states before each layer lie in a mapped file.
+1503.05671), as the Gram matrix of the inputs is its input side; `gptq` rounds under both. How much of it each token has
+weighs the token in the Gram matrix: what a linear reads where nothing depends on its output need not be kept.
+
+One forward and one backward pass of the original model, a layer at a time: the states before each layer lie in a mapped
+file.
 """
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from quantkit import decoder
-from quantkit.architecture import linear_shapes
+from quantkit.architecture import INPUT_GROUPS, linear_shapes
 from quantkit.checkpoint import Checkpoint, save_tensors
 from quantkit.decoder import Rotation
 from quantkit.losses import curvature_probe
@@ -25,7 +29,20 @@ from quantkit.quantize.gram import add_gram, mirror
 BATCH = 4  # samples a pass through a layer
 MAX_ROWS = 2048  # of a block: what rows further apart do to each other is left out
 MAX_TOKENS = 1 << 16  # of all ranks; more tell little more, and their states fill the disk
+MAX_TOKEN_WEIGHT = 10.0  # times the mean: one token must not be all of a Gram matrix
 _CHUNK = 128  # positions whose logits stand in memory
+
+
+class Curvature(NamedTuple):
+    """Of one layer, in any unit.
+
+    blocks: by linear, the diagonal blocks of the Fisher information at its outputs, float32 [rows, rows] each.
+    tokens: by the first linear of those that read the same, its trace at each token as a multiple of the mean, at most
+        MAX_TOKEN_WEIGHT: float32 [samples, length], of this rank's samples.
+    """
+
+    blocks: dict[str, list[Tensor]]
+    tokens: dict[str, Tensor]
 
 
 def block_sizes(out_features: int) -> list[int]:
@@ -73,10 +90,11 @@ def measure(
     for index in reversed(range(begin, arch.num_layers)):
         report("measuring the curvature, layer", total - 1 - index, total)
         weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.layer(index).items()}
-        blocks = _backward(checkpoint, weights, states_LSTC[index], gradient_STC, parts, rotary)
+        blocks, traces = _backward(checkpoint, weights, states_LSTC[index], gradient_STC, parts, rotary)
         ranks.sum_up(blocks, 0)
         for block in blocks.values():
             mirror(block.div_(ids_ST.numel()))
+        save_tensors(_tokens_file(own, index), _weights(traces, input_ids_ST.shape))
         if ranks.rank() == 0:
             save_tensors(_file(folder, index), {name: block.cpu() for name, block in blocks.items()})
     report("measuring the curvature, layer", total, total)
@@ -85,21 +103,39 @@ def measure(
     ranks.barrier()
 
 
-def read(folder: Path, index: int, device: torch.device) -> dict[str, list[Tensor]]:
-    """Each linear's Fisher information at its outputs, in any one unit: its diagonal blocks, float32 [rows, rows]."""
-    found: dict[str, list[Tensor]] = {}
+def read(folder: Path, own: Path, index: int, device: torch.device) -> Curvature:
+    """A layer's, as `measure` left it."""
+    blocks: dict[str, list[Tensor]] = {}
     for name, block in sorted(load_file(_file(folder, index)).items()):
-        found.setdefault(name.rpartition(".")[0], []).append(block.to(device))
-    return found
+        blocks.setdefault(name.rpartition(".")[0], []).append(block.to(device))
+    return Curvature(blocks, {name: each.to(device) for name, each in load_file(_tokens_file(own, index)).items()})
 
 
-def drop(folder: Path, index: int) -> None:
+def drop(folder: Path, own: Path, index: int) -> None:
     """Delete a layer's, which is done with."""
     _file(folder, index).unlink(missing_ok=True)
+    _tokens_file(own, index).unlink(missing_ok=True)
 
 
 def _file(folder: Path, index: int) -> Path:
     return folder / f"fisher-{index:05d}.safetensors"
+
+
+def _tokens_file(own: Path, index: int) -> Path:
+    return own / f"fisher-tokens-{index:05d}.safetensors"
+
+
+def _weights(traces: dict[str, Tensor], shape_ST: torch.Size) -> dict[str, Tensor]:
+    """The traces of this rank's tokens over the mean of all ranks', by group; 1 where none was measured."""
+    found = {}
+    for group in INPUT_GROUPS:
+        trace_ST = torch.stack([traces[linear] for linear in group]).sum(0)
+        sums = {"trace": trace_ST.sum()}
+        count = ranks.sum_up(sums, trace_ST.numel())
+        found[group[0]] = torch.ones(shape_ST, device=trace_ST.device)
+        weight_ST = trace_ST * (count / sums["trace"].clamp_min(torch.finfo(torch.float32).tiny))
+        found[group[0]][: len(trace_ST)] = weight_ST.clamp_max(MAX_TOKEN_WEIGHT)
+    return {name: weight_ST.cpu() for name, weight_ST in found.items()}
 
 
 @torch.enable_grad()
@@ -124,16 +160,18 @@ def _at_the_end(hidden_BTC: Tensor, norm_C: Tensor, head_VC: Tensor, epsilon: fl
 def _backward(
     checkpoint: Checkpoint, weights: decoder.Weights, states_STC: Tensor, gradient_STC: Tensor, parts: list[slice],
     rotary: Rotation,
-) -> dict[str, Tensor]:  # fmt: skip
-    """Take the gradient before the layer for that behind it; returns each block's sum over the tokens."""
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
+    """Take the gradient before the layer for that behind it; each block's sum over the tokens, each token's trace."""
     arch, device = checkpoint.arch, rotary[0].device
     blocks: dict[str, Tensor] = {}
+    traces = {linear: torch.zeros(states_STC.shape[:2], device=device) for linear in linear_shapes(arch)}
     for linear, (rows, _) in linear_shapes(arch).items():
         for number, size in enumerate(block_sizes(rows)):
             blocks[f"{linear}.{number:03d}"] = torch.zeros(size, size, device=device)
 
-    def watch(linear: str) -> Callable[[Tensor], None]:
+    def watch(linear: str, part: slice) -> Callable[[Tensor], None]:
         def add(gradient_BTO: Tensor) -> None:
+            traces[linear][part] = gradient_BTO.float().square().sum(-1)
             sizes = block_sizes(gradient_BTO.shape[-1])
             pieces = gradient_BTO.flatten(0, 1).float().split(sizes, dim=1)
             for number, piece_NR in enumerate(pieces):
@@ -141,10 +179,14 @@ def _backward(
 
         return add
 
-    watched = decoder.Watched(weights, lambda linear, output: output.register_hook(watch(linear)) and None)
     for part in parts:
+
+        def show(linear: str, output_BTO: Tensor, part: slice = part) -> None:
+            output_BTO.register_hook(watch(linear, part))
+
+        watched = decoder.Watched(weights, show)
         hidden_BTC = states_STC[part].to(device, torch.float32).requires_grad_()
         decoder.layer(watched, arch, hidden_BTC, rotary).backward(gradient_STC[part].to(device))
         assert hidden_BTC.grad is not None
         gradient_STC[part] = hidden_BTC.grad.cpu()
-    return blocks
+    return blocks, traces

@@ -19,6 +19,7 @@ from quantkit.formats import Grid, QuantizedWeight, Storage
 from quantkit.quantize import ranks, states
 from quantkit.quantize.awq import awq, search_scale
 from quantkit.quantize.drift import target_weight
+from quantkit.quantize.fisher import Curvature
 from quantkit.quantize.gptq import gptq
 from quantkit.quantize.gram import add_gram, mirror, shrunk, usual_shrinkage
 from quantkit.quantize.schemes import Override
@@ -40,7 +41,6 @@ EFFORTS = {
     "default": Effort("awq+gptq", 0.8, True, 0),
     "high": Effort("awq+gptq", 0.8, True, 4),
 }
-OUTPUT_SHRINKAGE = 0.3  # of the Fisher information towards its diagonal; a measurement (docs/quantize.md)
 # How AWQ's scales are searched when GPTQ follows and makes up for errors across groups: an eighth of the time.
 _BEFORE_GPTQ: dict[str, Any] = {"steps": 10, "within_groups": True, "max_rows": 1024}
 
@@ -106,7 +106,10 @@ class Run:
 
 
 class _Inputs(NamedTuple):
-    """What a group of linears was seen to read, as means over all tokens of all ranks; see `target_weight`."""
+    """What a group of linears was seen to read, as means over all tokens of all ranks; see `target_weight`.
+
+    The matrices are weighted by what each token's outputs matter, where that is known.
+    """
 
     tokens: int
     gram_II: Tensor
@@ -120,7 +123,7 @@ class Layer:
 
     def __init__(
         self, original: dict[str, Tensor], arch: Architecture, settings: Settings, rotary: Rotation,
-        hidden: dict[str, Tensor], folder: Path, fisher: dict[str, list[Tensor]] | None = None,
+        hidden: dict[str, Tensor], folder: Path, curvature: Curvature | None = None,
         special: Mapping[str, Storage | None] | None = None,
     ) -> None:  # fmt: skip
         """Begin a layer.
@@ -128,7 +131,7 @@ class Layer:
         original: its dense tensors, float32. hidden: the states before it, float32 [samples, length, C], of the
         "quantized" model and, for drift correction, of the "original". folder: for what stands between the linears.
         special: how linears are stored, by their name in the layer, where that is not the settings'; None: dense.
-        fisher: by linear, the diagonal blocks of the Fisher information at its outputs (`fisher.read`).
+        curvature: of the loss over the outputs of its linears (`fisher.read`).
         """
         self.arch = arch
         self.settings = settings
@@ -136,7 +139,7 @@ class Layer:
         self.device = rotary[0].device
         self.dtype = rotary[0].dtype
         self.folder = folder
-        self.fisher = fisher or {}
+        self.curvature = curvature or Curvature({}, {})
         self.special = special or {}
         self.weights = dict(original)  # float32; a linear's weight is replaced by its dequantized one
         self.quantized: dict[str, QuantizedWeight] = {}
@@ -231,7 +234,7 @@ class Layer:
         if storage is None:
             return
         settings = self.settings.stored_as(storage)
-        inputs = self._observe(read, residual)
+        inputs = self._observe(read, residual, self.curvature.tokens.get(names[0]))
         shrinkage = settings.shrinkage
         if shrinkage is None:
             shrinkage = usual_shrinkage(len(inputs.gram_II), inputs.tokens)
@@ -243,12 +246,16 @@ class Layer:
                 weight_OI, gram_II, inputs.cross_II, inputs.residual_CI, strength=settings.drift_correction,
                 shrinkage=shrinkage,
             )  # fmt: skip
+        curvature = [
+            shrunk(block, usual_shrinkage(len(block), inputs.tokens))
+            for name in names
+            for block in self.curvature.blocks.get(name, [])
+        ]
         if settings.method != "gptq":
-            scale_I, exponent = self._search(settings, names, weight_OI, inputs)
+            scale_I, exponent = self._search(settings, names, _by_row(weight_OI, curvature), inputs)
             self._fold(producer, scale_I)
             weight_OI = weight_OI * scale_I
             gram_II = gram_II / (scale_I[:, None] * scale_I)
-        curvature = [block for name in names for block in self.fisher.get(name, [])]
         quantized, damping = ranks.by_rows(
             lambda rows_OI, blocks: _choose(settings, rows_OI, gram_II, shrinkage, blocks), weight_OI, curvature
         )
@@ -262,8 +269,9 @@ class Layer:
             begin = rows.stop
 
     def _observe(
-        self, read: Callable[[Run, slice], Tensor], residual: Callable[[Run, slice], Tensor] | None
-    ) -> _Inputs:
+        self, read: Callable[[Run, slice], Tensor], residual: Callable[[Run, slice], Tensor] | None,
+        weight_ST: Tensor | None,
+    ) -> _Inputs:  # fmt: skip
         sums: dict[str, Tensor] = {}
 
         def add(name: str, left_NJ: Tensor, right_NI: Tensor) -> None:
@@ -276,12 +284,23 @@ class Layer:
             if "gram" not in sums:
                 sums["gram"] = torch.zeros(x_NI.shape[1], x_NI.shape[1], device=self.device)
                 sums["abs"] = torch.zeros(x_NI.shape[1], device=self.device)
-            add_gram(sums["gram"], x_NI)
             sums["abs"] += x_NI.abs().sum(0)
+            weighted_NI = x_NI
+            if weight_ST is None:
+                add_gram(sums["gram"], x_NI)
+            else:
+                root_N1 = weight_ST[part].flatten()[:, None].sqrt()
+                weighted_NI = x_NI * root_N1
+                add_gram(sums["gram"], weighted_NI)
+                weighted_NI.mul_(root_N1)
             if self.reference is not None and self.settings.drift_correction:
-                add("cross", read(self.reference, part).flatten(0, 1).float() - x_NI, x_NI)
+                add("cross", read(self.reference, part).flatten(0, 1).float() - x_NI, weighted_NI)
                 if residual is not None:
-                    add("residual", (residual(self.reference, part) - residual(self.run, part)).flatten(0, 1), x_NI)
+                    add(
+                        "residual",
+                        (residual(self.reference, part) - residual(self.run, part)).flatten(0, 1),
+                        weighted_NI,
+                    )
         count = ranks.sum_up(sums, self.run.hidden_STC.shape[0] * self.run.hidden_STC.shape[1])
         means = {name: tensor.div_(count) for name, tensor in sums.items()}
         mirror(means["gram"])
@@ -333,9 +352,20 @@ def _choose(
     result = gptq(
         weight_OI, shrunk(gram_II, shrinkage), bits=bits, group_size=group_size, symmetric=symmetric,
         act_order=settings.act_order, damping=settings.damping,
-        output_hessians=[shrunk(block, OUTPUT_SHRINKAGE) for block in curvature],
+        output_hessians=curvature,
     )  # fmt: skip
     return result.quantized, result.damping
+
+
+def _by_row(weight_OI: Tensor, curvature: Sequence[Tensor]) -> Tensor:
+    """The rows times the root of what the loss makes of an error in their outputs.
+
+    A grid goes with its row: the errors are those of the rows as they are, weighted.
+    """
+    if not curvature:
+        return weight_OI
+    root_O = torch.cat([block.diagonal() for block in curvature]).clamp_min(0).sqrt()
+    return weight_OI * (root_O / root_O.mean()).clamp_min(1e-3)[:, None]
 
 
 def _group_size(settings: Settings, in_features: int) -> int:

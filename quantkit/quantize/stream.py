@@ -85,7 +85,7 @@ def quantize_layers(
         for index in range(begin, arch.num_layers):
             report("layer", index, arch.num_layers)
             original = {name: tensor.to(device) for name, tensor in checkpoint.layer(index).items()}
-            curvature = fisher.read(folder, index, rotary[0].device) if settings.output_curvature else None
+            curvature = fisher.read(folder, own, index, rotary[0].device) if settings.output_curvature else None
             prefix = layer_prefix(index)
             special = {n.removeprefix(prefix): s for n, s in stored.special.items() if n.startswith(prefix)}
             layer = Layer(original, arch, settings, rotary, hidden, own, curvature, special)
@@ -98,8 +98,8 @@ def quantize_layers(
             ranks.barrier()
             if ranks.rank() == 0:
                 _store(layer_file(folder, index), layer)
-                fisher.drop(folder, index)
             ranks.barrier()
+            fisher.drop(folder, own, index)
             states.drop_before(own, index + 1)
             hidden = behind
     report("layer", arch.num_layers, arch.num_layers)

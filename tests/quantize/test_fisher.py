@@ -56,7 +56,9 @@ def test_the_last_linear_against_the_exact_curvature(tiny_llama: Path, windows: 
         exact += jacobian.T @ (torch.diag(likely) - likely[:, None] * likely) @ jacobian / len(states)
     many = windows.input_ids_ST.repeat(10, 1)  # a window's probes differ each time: they average out
     _measure(tiny_llama, many, tmp_path / "layers")
-    (found,) = fisher.read(tmp_path / "layers", arch.num_layers - 1, torch.device("cpu"))["mlp.down_proj"]
+    folder = tmp_path / "layers"
+    measured = fisher.read(folder, folder, arch.num_layers - 1, torch.device("cpu"))
+    (found,) = measured.blocks["mlp.down_proj"]
     assert (found - exact).norm() < 0.15 * exact.norm()
     assert abs(found.trace() / exact.trace() - 1) < 0.02
 
@@ -71,7 +73,7 @@ def test_every_linear_has_its_blocks(
     _measure(tiny_llama, windows.input_ids_ST, pieces)
     arch = open_checkpoint(tiny_llama).arch
     for index in range(arch.num_layers):
-        one, many = (fisher.read(folder, index, torch.device("cpu")) for folder in (whole, pieces))
+        one, many = (fisher.read(folder, folder, index, torch.device("cpu")).blocks for folder in (whole, pieces))
         assert one.keys() == many.keys() == linear_shapes(arch).keys()
         for name, (full,) in one.items():
             assert torch.equal(full, full.T)
@@ -89,5 +91,5 @@ def test_every_linear_has_its_blocks(
     def never(what: str, done: int, total: int) -> None:
         raise AssertionError("measured again")
 
-    fisher.drop(whole, 0)
+    fisher.drop(whole, whole, 0)
     _measure(tiny_llama, windows.input_ids_ST, whole, begin=1, report=never)
