@@ -143,7 +143,8 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
     "--format", "format_", type=click.Choice(["compressed-tensors", "gptq", "awq"]), default="compressed-tensors",
     show_default=True,
 )  # fmt: skip
-@click.option("--bits", type=click.Choice(["4", "8"]), default="4", show_default=True)
+@click.option("--bits", type=click.Choice(["4", "8", "auto"]), default="4", show_default=True)
+@click.option("--average-bits", type=float, help="With --bits auto: as many a weight, 4, 8 or 16 for each linear.")
 @click.option("--group-size", type=int, default=128, show_default=True, help="-1: per channel.")
 @click.option("--symmetric/--asymmetric", default=False, show_default=True)
 @click.option(
@@ -171,9 +172,9 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 @_fresh
 @_friendly
 def quantize(
-    checkpoint: Path, out: Path, effort: str, method: str | None, format_: str, bits: str, group_size: int,
-    symmetric: bool, ignore: tuple[str, ...], overrides: list[dict[str, str | int]], text: tuple[str, ...],
-    samples: int, length: int, memory_budget: int | None, device: str, seed: int, fresh: bool,
+    checkpoint: Path, out: Path, effort: str, method: str | None, format_: str, bits: str, average_bits: float | None,
+    group_size: int, symmetric: bool, ignore: tuple[str, ...], overrides: list[dict[str, str | int]],
+    text: tuple[str, ...], samples: int, length: int, memory_budget: int | None, device: str, seed: int, fresh: bool,
 ) -> None:  # fmt: skip
     """4-bit weights for CHECKPOINT, stored so that vLLM loads them.
 
@@ -193,7 +194,8 @@ def quantize(
             "effort": effort,
             "method": method,
             "format": format_,
-            "bits": int(bits),
+            "bits": bits if bits == "auto" else int(bits),
+            "average_bits": average_bits,
             "group_size": group_size,
             "symmetric": symmetric,
             "ignore": ignore,

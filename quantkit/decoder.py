@@ -20,9 +20,9 @@ Weights = Mapping[str, Tensor]
 
 
 class Watched(dict[str, Tensor]):
-    """Weights whose linears show what they give, by name, before it goes on."""
+    """Weights whose linears show what they read and what they give, by name, before it goes on."""
 
-    def __init__(self, weights: Weights, show: Callable[[str, Tensor], None]) -> None:
+    def __init__(self, weights: Weights, show: Callable[[str, Tensor, Tensor], None]) -> None:
         super().__init__(weights)
         self.show = show
 
@@ -53,7 +53,7 @@ def linear(weights: Weights, name: str, x_BTI: Tensor) -> Tensor:
     weight_OI = weights[f"{name}.weight"]
     output_BTO = F.linear(x_BTI.to(weight_OI.dtype), weight_OI, weights.get(f"{name}.bias"))
     if isinstance(weights, Watched):
-        weights.show(name, output_BTO)
+        weights.show(name, x_BTI, output_BTO)
     return output_BTO
 
 

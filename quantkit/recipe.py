@@ -77,13 +77,21 @@ class Quantize(Section):
     output_curvature: bool | None = None  # the effort's
     tuning_epochs: Annotated[int, Field(ge=0)] | None = None  # the effort's
     format: FormatName = "compressed-tensors"
-    bits: Literal[4, 8] = 4
+    bits: Literal[4, 8, "auto"] = 4
+    average_bits: Annotated[float, Field(ge=4, le=16)] | None = None  # with bits auto
     group_size: GroupSize = 128
     symmetric: bool = False
     act_order: bool = True
     damping: PositiveFloat = 0.01
     ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits
     overrides: tuple[Override, ...] = ()
+
+    @model_validator(mode="after")
+    def _auto(self) -> "Quantize":
+        if (self.bits == "auto") != (self.average_bits is not None):
+            raise ValueError("bits auto and average_bits go together: bits auto, average_bits 5 for example")
+        return self
+
     shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None  # by the calibration tokens an input
 
 

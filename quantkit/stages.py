@@ -76,7 +76,6 @@ def quantize(
         plan = Settings.of(**settings.model_dump())
         for limit in stream.check_settings(source, plan):
             report(limit, 0, LINE)
-        special = stream.storages(source.arch, plan).special
         windows = tokens.tokenize(
             calibration.text, tokens.load_tokenizer(checkpoint), samples=calibration.samples,
             length=calibration.length, seed=seed,
@@ -96,6 +95,7 @@ def quantize(
         hand_out(stream.Order(source.path, windows, plan, layers, seed))
         notes = stream.quantize_layers(source, windows, plan, folder=layers, device=device, report=report)
         tuned = stream.tune_scales(source, windows, plan, folder=layers, seed=seed, device=device, report=report)
+        special = stream.storages(source.arch, stream.settled(plan, layers)).special
         report("writing", 0, 0)
         hardware.give_back_freed_memory()  # a shard is put together in memory, and would come on top
         stream.write_checkpoint(source, plan, folder=layers, out=work.out)
@@ -112,6 +112,7 @@ def quantize(
             "output_curvature": plan.output_curvature,
             "shrinkage": plan.shrinkage,
             "tuning_kl_nats": [round(kl, 6) for kl in tuned],
+            "allocation": stream.allocation(layers),
             "special": {name: storage and storage._asdict() for name, storage in special.items()},  # null: 16 bits
             "linears": [note._asdict() for note in notes],
         }

@@ -75,15 +75,23 @@ def need(
     inside += tokens * arch.intermediate_size * compute_bytes  # what down_proj reads, of one stream
     states = 2 * streams * tokens * arch.hidden_size * 4
     outer = arch.vocab_size * arch.hidden_size * (1 if arch.tied_embeddings else 2)
+    bits = settings.average_bits or settings.bits
     stored = schemes.plan(arch, settings.storage, settings.ignore, settings.overrides)
     packed = outer * 2 + sum(
-        rows * columns * (storage.bits + 0.5 if (storage := stored.of(layer_prefix(index) + name)) else 16) / 8
+        rows
+        * columns
+        * (
+            (bits if storage == stored.usual else storage.bits) + 0.5
+            if (storage := stored.of(layer_prefix(index) + name))
+            else 16
+        )
+        / 8
         for index in range(arch.num_layers)
         for name, (rows, columns) in shapes.items()
     )
     disk = inside + states + 2 * packed
     memory = weights + sums + factor + stacked + activations
-    if settings.output_curvature:
+    if settings.output_curvature or settings.average_bits:
         curvature = 4 * _curvature(arch)
         seen = min(tokens, fisher.MAX_TOKENS)
         disk += (arch.num_layers + 1) * seen * arch.hidden_size * compute_bytes + seen * arch.hidden_size * 4
@@ -91,6 +99,7 @@ def need(
         # a layer's weights as read and as run, what autograd keeps of it, and before that the head and its logits
         graph = fisher.BATCH * length * (8 * arch.intermediate_size + 16 * arch.hidden_size) * compute_bytes
         head = arch.vocab_size * (arch.hidden_size * compute_bytes + 4 * 128 * 4)
+        curvature += 2 * layer * 4 if settings.average_bits else 0  # what rounding would change, by bits
         memory = max(memory + curvature, layer * (4 + compute_bytes) + curvature + graph, head)
     if settings.tuning_epochs:
         learning = arch.num_layers * layer / (settings.group_size if settings.group_size > 0 else arch.hidden_size)
@@ -118,7 +127,7 @@ def _seconds(arch: Architecture, settings: Settings, tokens: int, speed: Speed) 
     head = 2 * 3 * tokens * arch.hidden_size * arch.vocab_size
     epoch = (4 * forward * arch.num_layers + head) / speed.compute
     curved = 0.0
-    if settings.output_curvature:
+    if settings.output_curvature or settings.average_bits:
         seen = min(tokens, fisher.MAX_TOKENS)
         head = 2 * 2 * seen * arch.hidden_size * arch.vocab_size
         curved = (3 * forward * seen / tokens * arch.num_layers + head) / speed.compute

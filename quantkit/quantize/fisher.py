@@ -26,6 +26,7 @@ from quantkit.progress import Report
 from quantkit.quantize import ranks, states
 from quantkit.quantize.gram import add_gram, mirror
 
+Errors = Callable[[Tensor], dict[int, Tensor]]  # of a weight
 BATCH = 4  # samples a pass through a layer
 MAX_ROWS = 2048  # of a block: what rows further apart do to each other is left out
 MAX_TOKENS = 1 << 16  # of all ranks; more tell little more, and their states fill the disk
@@ -53,15 +54,18 @@ def block_sizes(out_features: int) -> list[int]:
 
 def measure(
     checkpoint: Checkpoint, input_ids_ST: Tensor, *, folder: Path, own: Path, begin: int, device: str,
-    dtype: torch.dtype, report: Report,
-) -> None:  # fmt: skip
-    """Store each layer's in `folder`, unless those from layer `begin` on are there. See `read`.
+    dtype: torch.dtype, report: Report, errors: Errors | None = None,
+) -> list[dict[str, dict[int, float]]]:  # fmt: skip
+    """Store each layer's in `folder`, unless those from layer `begin` on are there and no errors are asked about.
 
     input_ids_ST: this rank's windows (`ranks.share`); every rank calls it. own: this rank's folder, for the states.
+    errors: changes of a linear's weight, float32 [out, in], by any key.
+
+    Returns what each change would cost, KL(original || changed) in nats a token to second order, by layer and linear.
     """
     arch = checkpoint.arch
-    if all(_file(folder, index).exists() for index in range(begin, arch.num_layers)):
-        return
+    if errors is None and all(_file(folder, index).exists() for index in range(begin, arch.num_layers)):
+        return []
     windows = max(MAX_TOKENS // input_ids_ST.shape[1] // ranks.world_size(), 1)
     ids_ST = input_ids_ST[:windows]
     rotary = decoder.rotation(checkpoint.config, ids_ST.shape[1], dtype=dtype, device=device)
@@ -80,6 +84,7 @@ def measure(
             for part in parts:
                 hidden_BTC = states_LSTC[index, part].to(device)
                 states_LSTC[index + 1, part] = decoder.layer(weights, arch, hidden_BTC, rotary).cpu()
+    costs: list[dict[str, dict[int, float]]] = []
     gradient_STC = states.scratch(own, "fisher-gradient", shape[1:], torch.float32)
     head_VC, norm_C = outer[names[-1] if len(names) > 2 else names[0]].to(device, dtype), outer[names[1]].to(device)
     for part in parts:
@@ -90,7 +95,9 @@ def measure(
     for index in reversed(range(begin, arch.num_layers)):
         report("measuring the curvature, layer", total - 1 - index, total)
         weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.layer(index).items()}
-        blocks, traces = _backward(checkpoint, weights, states_LSTC[index], gradient_STC, parts, rotary)
+        changes = {name: errors(weights[f"{name}.weight"].float()) for name in linear_shapes(arch)} if errors else {}
+        blocks, traces, cost = _backward(checkpoint, weights, states_LSTC[index], gradient_STC, parts, rotary, changes)
+        costs.append(_mean(cost, ids_ST.numel()))
         ranks.sum_up(blocks, 0)
         for block in blocks.values():
             mirror(block.div_(ids_ST.numel()))
@@ -101,6 +108,7 @@ def measure(
     for name in ("fisher-states", "fisher-gradient"):
         states.drop_scratch(own, name)
     ranks.barrier()
+    return costs[::-1]
 
 
 def read(folder: Path, own: Path, index: int, device: torch.device) -> Curvature:
@@ -123,6 +131,13 @@ def _file(folder: Path, index: int) -> Path:
 
 def _tokens_file(own: Path, index: int) -> Path:
     return own / f"fisher-tokens-{index:05d}.safetensors"
+
+
+def _mean(sums: dict[str, dict[int, Tensor]], tokens: int) -> dict[str, dict[int, float]]:
+    """The sums of all ranks over their tokens."""
+    named = {f"{linear}/{key}": each for linear, by_key in sums.items() for key, each in by_key.items()}
+    count = ranks.sum_up(named, tokens) if named else tokens
+    return {linear: {key: float(named[f"{linear}/{key}"]) / count for key in each} for linear, each in sums.items()}
 
 
 def _weights(traces: dict[str, Tensor], shape_ST: torch.Size) -> dict[str, Tensor]:
@@ -159,9 +174,12 @@ def _at_the_end(hidden_BTC: Tensor, norm_C: Tensor, head_VC: Tensor, epsilon: fl
 @torch.enable_grad()
 def _backward(
     checkpoint: Checkpoint, weights: decoder.Weights, states_STC: Tensor, gradient_STC: Tensor, parts: list[slice],
-    rotary: Rotation,
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:  # fmt: skip
-    """Take the gradient before the layer for that behind it; each block's sum over the tokens, each token's trace."""
+    rotary: Rotation, changes: dict[str, dict[int, Tensor]],
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, dict[int, Tensor]]]:  # fmt: skip
+    """Take the gradient before the layer for that behind it.
+
+    Returns each block's sum over the tokens, each token's trace, and what each change costs, summed over the tokens.
+    """
     arch, device = checkpoint.arch, rotary[0].device
     blocks: dict[str, Tensor] = {}
     traces = {linear: torch.zeros(states_STC.shape[:2], device=device) for linear in linear_shapes(arch)}
@@ -169,8 +187,13 @@ def _backward(
         for number, size in enumerate(block_sizes(rows)):
             blocks[f"{linear}.{number:03d}"] = torch.zeros(size, size, device=device)
 
-    def watch(linear: str, part: slice) -> Callable[[Tensor], None]:
+    cost = {linear: {key: torch.zeros((), device=device) for key in each} for linear, each in changes.items()}
+
+    def watch(linear: str, x_BTI: Tensor, part: slice) -> Callable[[Tensor], None]:
         def add(gradient_BTO: Tensor) -> None:
+            for key, change_OI in changes.get(linear, {}).items():
+                moved_BTO = x_BTI.detach() @ change_OI.T.to(x_BTI.dtype)
+                cost[linear][key] += (moved_BTO.float() * gradient_BTO).sum(-1).square().sum() / 2
             traces[linear][part] = gradient_BTO.float().square().sum(-1)
             sizes = block_sizes(gradient_BTO.shape[-1])
             pieces = gradient_BTO.flatten(0, 1).float().split(sizes, dim=1)
@@ -181,12 +204,12 @@ def _backward(
 
     for part in parts:
 
-        def show(linear: str, output_BTO: Tensor, part: slice = part) -> None:
-            output_BTO.register_hook(watch(linear, part))
+        def show(linear: str, x_BTI: Tensor, output_BTO: Tensor, part: slice = part) -> None:
+            output_BTO.register_hook(watch(linear, x_BTI, part))
 
         watched = decoder.Watched(weights, show)
         hidden_BTC = states_STC[part].to(device, torch.float32).requires_grad_()
         decoder.layer(watched, arch, hidden_BTC, rotary).backward(gradient_STC[part].to(device))
         assert hidden_BTC.grad is not None
         gradient_STC[part] = hidden_BTC.grad.cpu()
-    return blocks, traces
+    return blocks, traces, cost

@@ -59,6 +59,7 @@ class Settings(NamedTuple):
     drift_correction: float = 0.0  # share of the drift so far that a linear makes up for
     output_curvature: bool = False  # whether rows make up for each other's errors (`fisher`)
     tuning_epochs: int = 0  # passes of `tune` over the calibration windows
+    average_bits: float | None = None  # bits: auto, so many a weight on average; `bits` for those that get fewest
     ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits (`schemes`)
     overrides: tuple[Override, ...] = ()  # of bits, group size and symmetry, by pattern
 
@@ -66,6 +67,8 @@ class Settings(NamedTuple):
     def of(cls, *, effort: str, **given: Any) -> "Settings":
         """The settings of an effort; what is given, and not None, wins over the effort's."""
         chosen = EFFORTS[effort]._asdict() | {name: value for name, value in given.items() if value is not None}
+        if chosen["bits"] == "auto":
+            chosen["bits"] = 4
         overrides = [each if isinstance(each, Override) else Override(**each) for each in chosen.pop("overrides", ())]
         return cls(**chosen | {"overrides": tuple(overrides), "ignore": tuple(chosen.get("ignore", ()))})
 

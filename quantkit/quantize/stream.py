@@ -5,9 +5,12 @@ mapped files (`states`). A layer's file is written last, after the states behind
 the first layer without a file, from the very states that the layer before it left.
 """
 
+import itertools
+import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -19,11 +22,13 @@ from quantkit.architecture import INPUT_GROUPS, Architecture, layer_prefix, line
 from quantkit.checkpoint import Checkpoint, copy_companions, open_checkpoint, save_tensors, write_weights
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight, Storages
-from quantkit.progress import Report, silent
-from quantkit.quantize import fisher, ranks, schemes, states, tune
+from quantkit.progress import LINE, Report, silent
+from quantkit.quantize import allocate, fisher, ranks, schemes, states, tune
 from quantkit.quantize.layer import Layer, LinearNote, Settings
+from quantkit.quantize.schemes import Override
 from quantkit.tokens import TokenSet
 
+_ALLOCATION = "allocation.json"  # what `bits: auto` chose
 _TUNED = "tuned"  # where the layers lie whose scales have learned, beside those as they were quantized
 
 
@@ -54,6 +59,72 @@ def check_settings(checkpoint: Checkpoint, settings: Settings) -> list[str]:
     return sorted(set(limits))
 
 
+def allocation(folder: Path) -> dict[str, Any] | None:
+    """What `bits: auto` chose: the average, and for each group its linears, bits and the cost by bits; else None."""
+    path = folder / _ALLOCATION
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def settled(settings: Settings, folder: Path) -> Settings:
+    """The settings with the bits that `bits: auto` chose, as soon as `quantize_layers` has chosen them."""
+    chosen = allocation(folder)
+    if settings.average_bits is None or chosen is None:
+        return settings
+    overrides, ignore = list(settings.overrides), list(settings.ignore)
+    for entry in chosen["groups"]:
+        for linear in entry["linears"]:
+            if entry["bits"] == 16:
+                ignore.append(linear)
+            elif entry["bits"] != settings.bits:
+                overrides.append(Override(linear, bits=entry["bits"], symmetric=True))
+    return settings._replace(average_bits=None, overrides=tuple(overrides), ignore=tuple(ignore))
+
+
+def _allocate(
+    checkpoint: Checkpoint, input_ids_ST: Tensor, settings: Settings, *, folder: Path, own: Path, device: str,
+    dtype: torch.dtype, report: Report,
+) -> None:  # fmt: skip
+    """Choose bits for every group of linears that no pattern names, and store what was chosen and why."""
+    path, arch = folder / _ALLOCATION, checkpoint.arch
+    assert settings.average_bits is not None
+    if path.exists():
+        return
+    choices = allocate.CHOICES[settings.format]
+
+    def errors(weight_OI: Tensor) -> dict[int, Tensor]:
+        return allocate.rounding_errors(
+            weight_OI, choices, group_size=settings.group_size, symmetric=settings.symmetric
+        )
+
+    costs = fisher.measure(
+        checkpoint, input_ids_ST, folder=folder, own=own, begin=0, device=device, dtype=dtype, report=report,
+        errors=errors,
+    )  # fmt: skip
+    if not settings.output_curvature:
+        for index in range(arch.num_layers):
+            fisher.drop(folder, own, index)
+    shapes, fixed = linear_shapes(arch), storages(arch, settings).special
+    names, groups = [], []
+    for index, group in itertools.product(range(arch.num_layers), INPUT_GROUPS):
+        linears = [layer_prefix(index) + linear for linear in group]
+        cost = {bits: sum(costs[index][linear][bits] for linear in group) for bits in choices if bits < 16} | {16: 0.0}
+        if linears[0] in fixed:
+            storage = fixed[linears[0]]
+            cost = {storage.bits if storage else 16: 0.0}
+        names.append(linears)
+        groups.append(allocate.Group(sum(math.prod(shapes[linear]) for linear in group), cost))
+    chosen = allocate.solve(groups, settings.average_bits)
+    weights = sum(group.weights for group in groups)
+    average = sum(group.weights * bits for group, bits in zip(groups, chosen, strict=True)) / weights
+    free = [place for place, linears in enumerate(names) if linears[0] not in fixed]
+    shown = ", ".join(f"{chosen.count(bits)} groups of linears at {bits} bits" for bits in sorted(set(chosen)))
+    report(f"bits: {shown}; {average:.2f} on average", 0, LINE)
+    if ranks.rank() == 0:
+        entries = [{"linears": names[place], "bits": chosen[place], "cost_nats": groups[place].cost} for place in free]
+        artifacts.write_json(path, {"average_bits": average, "groups": entries})
+    ranks.barrier()
+
+
 def storages(arch: Architecture, settings: Settings) -> Storages:
     """How the settings' linears are stored."""
     return schemes.plan(arch, settings.storage, settings.ignore, settings.overrides)
@@ -67,7 +138,7 @@ def quantize_layers(
     Under torch.distributed every rank calls this with the same arguments: samples and rows are shared out, rank 0
     stores the layers, and `folder` must be on a disk that all ranks see.
     """
-    arch, stored = checkpoint.arch, storages(checkpoint.arch, settings)
+    arch = checkpoint.arch
     folder.mkdir(parents=True, exist_ok=True)
     own = _own(folder)
     own.mkdir(exist_ok=True)
@@ -77,6 +148,10 @@ def quantize_layers(
     with torch.no_grad():
         rotary = decoder.rotation(checkpoint.config, tokens.input_ids_ST.shape[1], dtype=compute, device=device)
         own_ST = ranks.share(tokens.input_ids_ST)
+        if settings.average_bits is not None:
+            _allocate(checkpoint, own_ST, settings, folder=folder, own=own, device=device, dtype=compute, report=report)
+            settings = settled(settings, folder)
+        stored = storages(arch, settings)
         begin, hidden = _start(checkpoint, own_ST, settings, folder, own)
         if settings.output_curvature:
             fisher.measure(
@@ -113,6 +188,7 @@ def tune_scales(
     """After `quantize_layers`, let the scales learn; KL to the original by epoch. Every rank calls it, as that."""
     if not settings.tuning_epochs:
         return []
+    settings = settled(settings, folder)
     learned = tune.tune(
         checkpoint, ranks.share(tokens.input_ids_ST), tune.Plan(epochs=settings.tuning_epochs),
         storages(checkpoint.arch, settings),
@@ -177,6 +253,7 @@ def _start(
 def write_checkpoint(checkpoint: Checkpoint, settings: Settings, *, folder: Path, out: Path) -> None:
     """Put the stored layers together as a checkpoint that vLLM loads."""
 
+    settings = settled(settings, folder)
     tuned = folder / _TUNED
     outer = load_file(tuned / "outer.safetensors") if settings.tuning_epochs else {}
     folder = tuned if settings.tuning_epochs else folder

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,17 +19,22 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 _SOME_DENSE = ("model.layers.0.self_attn.[qkv]_proj", "*.1.mlp.down_proj")
 _SOME_OTHERWISE = (Override("re:.*[.]1[.]mlp[.](gate|up)_proj", group_size=64), Override("*.o_proj", group_size=-1))
-_CASES = {
-    "compressed-tensors, asymmetric": ("gptq", "compressed-tensors", False, 32, (), ()),
-    "compressed-tensors, symmetric, per channel": ("awq", "compressed-tensors", True, -1, (), ()),
-    "compressed-tensors, several schemes": (
-        "awq+gptq", "compressed-tensors", False, 32, _SOME_DENSE,
-        (*_SOME_OTHERWISE, Override("*.0.self_attn.o_proj", symmetric=True)),
-    ),
-    "gptq, symmetric": ("gptq", "gptq", True, 64, (), ()),
-    "gptq, several schemes": ("gptq", "gptq", True, 32, _SOME_DENSE, _SOME_OTHERWISE),
-    "awq, asymmetric": ("awq", "awq", False, 32, (), ()),
-    "awq, some dense": ("awq+gptq", "awq", False, 32, _SOME_DENSE, ()),
+_CASES: dict[str, dict[str, Any]] = {
+    "compressed-tensors, asymmetric": {"format": "compressed-tensors"},
+    "compressed-tensors, symmetric, per channel": {
+        "method": "awq", "format": "compressed-tensors", "symmetric": True, "group_size": -1,
+    },
+    "compressed-tensors, several schemes": {
+        "method": "awq+gptq", "format": "compressed-tensors", "ignore": _SOME_DENSE,
+        "overrides": (*_SOME_OTHERWISE, Override("*.0.self_attn.o_proj", symmetric=True)),
+    },
+    "gptq": {"format": "gptq", "symmetric": True, "group_size": 64},
+    "gptq, several schemes": {
+        "format": "gptq", "symmetric": True, "ignore": _SOME_DENSE, "overrides": _SOME_OTHERWISE,
+    },
+    "awq": {"format": "awq"},
+    "awq, some dense": {"method": "awq+gptq", "format": "awq", "ignore": _SOME_DENSE},
+    "awq, bits auto": {"format": "awq", "average_bits": 8.0},
 }  # fmt: skip
 
 
@@ -49,12 +55,10 @@ def session() -> Iterator[offline.Session]:
 def test_vllm_computes_what_the_packed_weights_say(
     case: str, mild_llama: Path, texts: tuple[Path, Path], session: offline.Session, tmp_path: Path
 ) -> None:
-    method, format, symmetric, group_size, ignore, overrides = _CASES[case]
     source = open_checkpoint(mild_llama)
     windows = tokens.tokenize([str(texts[0])], tokens.load_tokenizer(mild_llama), samples=6, length=64, seed=0)
-    settings = Settings(
-        method, format, 4, group_size, symmetric, act_order=True, damping=0.01, ignore=ignore, overrides=overrides
-    )
+    usual = {"method": "gptq", "bits": 4, "group_size": 32, "symmetric": False, "act_order": True, "damping": 0.01}
+    settings = Settings(**usual | _CASES[case])
     out = tmp_path / "quantized"
     out.mkdir()
     stream.quantize_layers(source, windows, settings, folder=tmp_path / "layers", device="cpu", report=silent)

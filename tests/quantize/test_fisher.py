@@ -93,3 +93,51 @@ def test_every_linear_has_its_blocks(
 
     fisher.drop(whole, whole, 0)
     _measure(tiny_llama, windows.input_ids_ST, whole, begin=1, report=never)
+
+
+def test_what_a_change_costs_is_the_kl_that_it_makes(tiny_llama: Path, windows: TokenSet, tmp_path: Path) -> None:
+    """To second order: for changes as small as 8 bits make them, in every linear of both layers."""
+    source = open_checkpoint(tiny_llama)
+    arch, outer, ids = source.arch, source.outer(), windows.input_ids_ST
+    rotary = decoder.rotation(source.config, 64, dtype=torch.float32, device="cpu")
+
+    def changed(weight_OI: Tensor) -> dict[int, Tensor]:
+        noise = torch.randn(weight_OI.shape, generator=torch.Generator().manual_seed(0))
+        return {1: 0.02 * weight_OI.std() * noise, 2: 0.04 * weight_OI.std() * noise}
+
+    def logits(changed_layer: int, linear: str) -> Tensor:
+        hidden = outer["model.embed_tokens.weight"][ids]
+        for index in range(arch.num_layers):
+            weights = source.layer(index)
+            if index == changed_layer:
+                weight = weights[f"{linear}.weight"]
+                weights[f"{linear}.weight"] = weight + changed(weight)[1]
+            hidden = decoder.layer(weights, arch, hidden, rotary)
+        return decoder.head(outer, arch, hidden).double().flatten(0, 1)
+
+    tmp_path.joinpath("layers").mkdir()
+    costs = fisher.measure(
+        source, ids.repeat(8, 1), folder=tmp_path / "layers", own=tmp_path, begin=0, device="cpu", dtype=torch.float32,
+        report=silent, errors=changed,
+    )  # fmt: skip
+    original = logits(-1, "").log_softmax(-1)
+    for index, by_linear in enumerate(costs):
+        for linear, cost in by_linear.items():
+            moved = logits(index, linear).log_softmax(-1)
+            kl = float((original.exp() * (original - moved)).sum(-1).mean())
+            assert 0.8 < cost[1] / kl < 1.25, (index, linear)
+            assert cost[2] == pytest.approx(4 * cost[1], rel=1e-3)
+
+
+def test_tokens_weigh_what_their_outputs_matter(tiny_llama: Path, windows: TokenSet, tmp_path: Path) -> None:
+    """The last token of a window answers for itself alone; what attention reads before it answers for those behind."""
+    folder = tmp_path / "layers"
+    _measure(tiny_llama, windows.input_ids_ST.repeat(8, 1), folder)
+    found = fisher.read(folder, folder, 0, torch.device("cpu")).tokens
+    assert found.keys() == {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
+    for weight_ST in found.values():
+        assert weight_ST.shape == (96, 64)
+        assert weight_ST.min() >= 0 and weight_ST.max() <= fisher.MAX_TOKEN_WEIGHT
+        assert 0.8 < float(weight_ST.mean()) <= 1.001
+    by_position = found["mlp.down_proj"].mean(0)
+    assert by_position[:16].mean() > by_position[-16:].mean()

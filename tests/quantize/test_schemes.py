@@ -57,6 +57,40 @@ def test_what_cannot_be_is_refused(given: dict[str, object], reason: str, arch: 
         plan(arch, **{"usual": USUAL, **given})  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    ("format", "effort"), [("compressed-tensors", "default"), ("gptq", "fast"), ("awq", "default")]
+)
+def test_bits_auto_spends_what_it_may(
+    format: str, effort: str, tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Within the budget, with what a pattern asked for left as it is; a second run finds what the first one chose."""
+    source = open_checkpoint(tiny_llama)
+    windows = tokens.tokenize([str(texts[0])], tokens.load_tokenizer(tiny_llama), samples=6, length=64, seed=0)
+    settings = Settings.of(
+        effort=effort, format=format, bits="auto", average_bits=7.0, group_size=32, symmetric=format == "gptq",
+        act_order=True, damping=0.01, ignore=("*.0.mlp.down_proj",),
+    )  # fmt: skip
+    layers, out = tmp_path / "layers", tmp_path / "out"
+    out.mkdir()
+    stream.quantize_layers(source, windows, settings, folder=layers, device="cpu", report=silent)
+    chosen = stream.allocation(layers)
+    assert chosen is not None and 6 < chosen["average_bits"] <= 7
+    assert not list(layers.glob("fisher-*"))
+    stream.write_checkpoint(source, settings, folder=layers, out=out)
+    stored = open_checkpoint(out, quantized=True).storages
+    assert stored is not None and stored.of("model.layers.0.mlp.down_proj") is None
+    weights = spent = 0
+    for index in range(source.arch.num_layers):
+        for linear, (rows, columns) in linear_shapes(source.arch).items():
+            storage = stored.of(layer_prefix(index) + linear)
+            weights += rows * columns
+            spent += rows * columns * (storage.bits if storage else 16)
+    assert spent / weights == pytest.approx(chosen["average_bits"])
+    bits = {bits for entry in chosen["groups"] for bits in [entry["bits"]]}
+    assert len(bits) > 1 and 4 in bits
+    assert stream.settled(settings, layers).average_bits is None
+
+
 @pytest.mark.parametrize("effort", ["fast", "default", "high"])
 @pytest.mark.parametrize(("format", "symmetric"), [("compressed-tensors", False), ("gptq", True), ("awq", False)])
 def test_a_checkpoint_with_several_schemes(
