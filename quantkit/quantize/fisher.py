@@ -30,7 +30,7 @@ Errors = Callable[[Tensor], dict[int, Tensor]]  # of a weight
 BATCH = 4  # samples a pass through a layer
 MAX_ROWS = 2048  # of a block: what rows further apart do to each other is left out
 MAX_TOKENS = 1 << 16  # of all ranks; more tell little more, and their states fill the disk
-MAX_TOKEN_WEIGHT = 10.0  # times the mean: one token must not be all of a Gram matrix
+MAX_TRACE = 10.0  # times the mean: one token must not be all of a Gram matrix
 _CHUNK = 128  # positions whose logits stand in memory
 
 
@@ -38,8 +38,8 @@ class Curvature(NamedTuple):
     """Of one layer, in any unit.
 
     blocks: by linear, the diagonal blocks of the Fisher information at its outputs, float32 [rows, rows] each.
-    tokens: by the first linear of those that read the same, its trace at each token as a multiple of the mean, at most
-        MAX_TOKEN_WEIGHT: float32 [samples, length], of this rank's samples.
+    tokens: by the first linear of those that read the same, what each token weighs: the root of its trace as a multiple
+        of the mean, which counts up to MAX_TRACE. float32 [samples, length], of this rank's samples.
     """
 
     blocks: dict[str, list[Tensor]]
@@ -141,7 +141,10 @@ def _mean(sums: dict[str, dict[int, Tensor]], tokens: int) -> dict[str, dict[int
 
 
 def _weights(traces: dict[str, Tensor], shape_ST: torch.Size) -> dict[str, Tensor]:
-    """The traces of this rank's tokens over the mean of all ranks', by group; 1 where none was measured."""
+    """The roots of this rank's tokens' traces over the mean of all ranks', by group; 1 where none was measured.
+
+    The root, since a trace is one probe's and as much chance as it is the token's.
+    """
     found = {}
     for group in INPUT_GROUPS:
         trace_ST = torch.stack([traces[linear] for linear in group]).sum(0)
@@ -149,7 +152,7 @@ def _weights(traces: dict[str, Tensor], shape_ST: torch.Size) -> dict[str, Tenso
         count = ranks.sum_up(sums, trace_ST.numel())
         found[group[0]] = torch.ones(shape_ST, device=trace_ST.device)
         weight_ST = trace_ST * (count / sums["trace"].clamp_min(torch.finfo(torch.float32).tiny))
-        found[group[0]][: len(trace_ST)] = weight_ST.clamp_max(MAX_TOKEN_WEIGHT)
+        found[group[0]][: len(trace_ST)] = weight_ST.clamp_max(MAX_TRACE).sqrt()
     return {name: weight_ST.cpu() for name, weight_ST in found.items()}
 
 
