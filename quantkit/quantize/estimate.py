@@ -96,9 +96,9 @@ def need(
         seen = min(tokens, fisher.MAX_TOKENS)
         disk += (arch.num_layers + 1) * seen * arch.hidden_size * compute_bytes + seen * arch.hidden_size * 4
         disk += arch.num_layers * curvature
-        # a layer's weights as read and as run, what autograd keeps of it, and before that the head and its logits
+        # a layer's weights as read and as run, what autograd keeps of it; before that embedding, head and logits
         graph = fisher.BATCH * length * (8 * arch.intermediate_size + 16 * arch.hidden_size) * compute_bytes
-        head = arch.vocab_size * (arch.hidden_size * compute_bytes + 4 * 128 * 4)
+        head = arch.vocab_size * (arch.hidden_size * (2 * 2 + compute_bytes) + 6 * 128 * 4)
         curvature += 2 * layer * 4 if settings.average_bits else 0  # what rounding would change, by bits
         memory = max(memory + curvature, layer * (4 + compute_bytes) + curvature + graph, head)
     if settings.tuning_epochs:

@@ -70,33 +70,35 @@ def measure(
     ids_ST = input_ids_ST[:windows]
     rotary = decoder.rotation(checkpoint.config, ids_ST.shape[1], dtype=dtype, device=device)
     parts = [slice(start, min(start + BATCH, len(ids_ST))) for start in range(0, len(ids_ST), BATCH)]
-    shape = (arch.num_layers + 1, *ids_ST.shape, arch.hidden_size)
-    states_LSTC = states.scratch(own, "fisher-states", shape, dtype)
+    shape = (*ids_ST.shape, arch.hidden_size)
+    behind_STC = states.scratch(own, "fisher-states-0", shape, dtype)
     names = ["model.embed_tokens.weight", "model.norm.weight"]
     names += [] if arch.tied_embeddings else ["lm_head.weight"]
     outer = checkpoint.read(names)  # as stored, and mapped
     total = 2 * arch.num_layers
     with torch.no_grad():
-        states_LSTC[0] = outer[names[0]][ids_ST]
+        behind_STC[:] = outer[names[0]][ids_ST]
         for index in range(arch.num_layers):
             report("measuring the curvature, layer", index, total)
             weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.layer(index).items()}
+            before_STC, behind_STC = behind_STC, states.scratch(own, f"fisher-states-{index + 1}", shape, dtype)
             for part in parts:
-                hidden_BTC = states_LSTC[index, part].to(device)
-                states_LSTC[index + 1, part] = decoder.layer(weights, arch, hidden_BTC, rotary).cpu()
+                behind_STC[part] = decoder.layer(weights, arch, before_STC[part].to(device), rotary).cpu()
     costs: list[dict[str, dict[int, float]]] = []
-    gradient_STC = states.scratch(own, "fisher-gradient", shape[1:], torch.float32)
+    gradient_STC = states.scratch(own, "fisher-gradient", shape, torch.float32)
     head_VC, norm_C = outer[names[-1] if len(names) > 2 else names[0]].to(device, dtype), outer[names[1]].to(device)
     for part in parts:
         first = ranks.rank() + part.start * ranks.world_size()  # of all ranks' windows: the seed of its probe
-        hidden_BTC = states_LSTC[-1, part].to(device)
+        hidden_BTC = behind_STC[part].to(device)
         gradient_STC[part] = _at_the_end(hidden_BTC, norm_C.float(), head_VC, arch.norm_epsilon, first).cpu()
-    del head_VC
+    del outer, head_VC
+    del before_STC, behind_STC
     for index in reversed(range(begin, arch.num_layers)):
         report("measuring the curvature, layer", total - 1 - index, total)
         weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.layer(index).items()}
         changes = {name: errors(weights[f"{name}.weight"].float()) for name in linear_shapes(arch)} if errors else {}
-        blocks, traces, cost = _backward(checkpoint, weights, states_LSTC[index], gradient_STC, parts, rotary, changes)
+        before_STC = states.reopen_scratch(own, f"fisher-states-{index}", shape, dtype)
+        blocks, traces, cost = _backward(checkpoint, weights, before_STC, gradient_STC, parts, rotary, changes)
         costs.append(_mean(cost, ids_ST.numel()))
         ranks.sum_up(blocks, 0)
         for block in blocks.values():
@@ -105,8 +107,8 @@ def measure(
         if ranks.rank() == 0:
             save_tensors(_file(folder, index), {name: block.cpu() for name, block in blocks.items()})
     report("measuring the curvature, layer", total, total)
-    for name in ("fisher-states", "fisher-gradient"):
-        states.drop_scratch(own, name)
+    for name in ("gradient", *(f"states-{index}" for index in range(arch.num_layers + 1))):
+        states.drop_scratch(own, f"fisher-{name}")
     ranks.barrier()
     return costs[::-1]
 

@@ -49,6 +49,11 @@ def scratch(folder: Path, name: str, shape: Sequence[int], dtype: torch.dtype) -
     return _mapped(path, shape, dtype)
 
 
+def reopen_scratch(folder: Path, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """What `scratch` gave before, mapped again: what is not mapped does not count as this process's memory."""
+    return _mapped(folder / f"scratch-{name}.bin", shape, dtype)
+
+
 def drop_scratch(folder: Path, name: str) -> None:
     """Delete the file of a scratch tensor that nobody will look at again."""
     (folder / f"scratch-{name}.bin").unlink(missing_ok=True)
