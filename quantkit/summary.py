@@ -1,5 +1,6 @@
 """What a finished run says on the terminal: a screenful of what was found, and where to look."""
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from quantkit.progress import spoken
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from quantkit.formats import Storage, Storages
     from quantkit.serve.check import Check
 
 Row = tuple[str, str]
@@ -146,9 +148,8 @@ def print_path(path: Path) -> None:
             print_rows(console, "Results", by_kind[manifest.kind](manifest.results))
     if (path / "config.json").is_file():
         opened = open_checkpoint(path)
-        arch, storage = opened.arch, opened.storage
+        arch, stored = opened.arch, _stored(opened.storages)
         size = sum(file.stat().st_size for file in set(opened.shards.values()))
-        stored = f"{storage.bits} bit, group {storage.group_size}, {storage.format}" if storage else "not quantized"
         heads = f"{arch.num_heads} heads, {arch.num_kv_heads} key/value heads of {arch.head_dim}"
         print_rows(console, "Checkpoint", [
             ("architecture", arch.family.architecture),
@@ -158,3 +159,16 @@ def print_path(path: Path) -> None:
         ])  # fmt: skip
     elif manifest is None:
         raise QuantkitError(f"{path} is neither a checkpoint nor an artefact of quantkit: it has no config.json")
+
+
+def _stored(storages: "Storages | None") -> str:
+    """How linears are stored, and how many of them otherwise."""
+    if storages is None:
+        return "not quantized"
+
+    def named(storage: "Storage | None") -> str:
+        return f"{storage.bits} bit, group {storage.group_size}" if storage else "16 bit"
+
+    others = Counter(named(storage) for storage in storages.special.values())
+    usual = f"{named(storages.usual)}, {storages.usual.format}"
+    return "; ".join([usual, *(f"{count} linears {name}" for name, count in sorted(others.items()))])

@@ -56,6 +56,11 @@ def check_settings(checkpoint: Checkpoint, settings: Settings) -> list[str]:
                 shapes=shapes,
             )  # fmt: skip
     raise_all(problems)
+    if settings.average_bits is not None and 8 in allocate.CHOICES[settings.format]:
+        limits += vllm_support.cuda_only(
+            settings.format, bits=8, group_size=settings.group_size, symmetric=True,
+            shapes=linear_shapes(checkpoint.arch),
+        )  # fmt: skip
     return sorted(set(limits))
 
 

@@ -73,6 +73,8 @@ def test_bits_auto_spends_what_it_may(
     layers, out = tmp_path / "layers", tmp_path / "out"
     out.mkdir()
     stream.quantize_layers(source, windows, settings, folder=layers, device="cpu", report=silent)
+    limits = stream.check_settings(source, settings)
+    assert any("8 bits is loaded on CUDA only" in limit for limit in limits) == (format != "awq")
     chosen = stream.allocation(layers)
     assert chosen is not None and 6 < chosen["average_bits"] <= 7
     assert not list(layers.glob("fisher-*"))
