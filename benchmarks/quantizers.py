@@ -103,7 +103,10 @@ def main(
             if row.engine == "native"
             else _worker(row, checkpoint, folder, calibration, environments, group_size, threads)
         )
-        cost = _run(command, folder, threads)
+        spent = folder / "cost.json"  # written when the tool is done: a run cut off while judging is only judged again
+        if not spent.exists():
+            spent.write_text(json.dumps(_run(command, folder, threads)))
+        cost = json.loads(spent.read_text())
         found = _judge(checkpoint, folder / "made", held_out, out)
         found["bytes"] = sum(file.stat().st_size for file in (folder / "made").glob("*.safetensors"))
         what = {"name": name, "group_size": group_size, "seed": seed}
