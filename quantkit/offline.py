@@ -140,18 +140,20 @@ class Session:
         """Have the child run the job in `folder`; it answers with a line when it is done."""
         child = self._child or self._start(folder)
         assert child.stdin is not None and child.stdout is not None
+        answer = ""
         try:
             with suppress(BrokenPipeError):
                 child.stdin.write(f"{folder.resolve()}\n")
                 child.stdin.flush()
             while child.poll() is None and not select.select([child.stdout], [], [], 0.5)[0]:
                 on_tick()
-            answer = child.stdout.readline()
-        except BaseException:  # Ctrl-C above all: the child must not outlive what asked it; raised again below
-            os.killpg(child.pid, signal.SIGKILL)
-            raise
+            answer = child.stdout.readline().strip()
+        finally:
+            if answer != DONE:  # it failed, or Ctrl-C: nothing of it may outlive what asked it
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
         on_tick()
-        if answer.strip() != DONE:
+        if answer != DONE:
             self.close()
             line = vllm_environment.telling_line(self._log_path)
             raise QuantkitError(f"vLLM failed ({line}); the whole log is {self._log_path}")
