@@ -136,7 +136,8 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
     type=click.Choice(["fast", "default", "high"]),
     default="default",
     show_default=True,
-    help="fast: GPTQ. default: AWQ's scales, GPTQ's integers, drift correction. high: then the scales learn.",
+    help="fast: GPTQ. default: scaled inputs, the curvature of both sides, drift correction. high: as default, on more "
+    "text, which CHECKPOINT writes.",
 )
 @click.option("--method", type=click.Choice(["gptq", "awq", "awq+gptq"]), help="Instead of the effort's.")
 @click.option(
@@ -164,6 +165,10 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--length", type=click.IntRange(16), default=2048, show_default=True, help="Tokens a sample.")
 @click.option(
+    "--continuations", type=click.IntRange(0), help="Instead of the effort's (high: 3): windows that CHECKPOINT writes "
+    "for each sample, going on from a piece of it.",
+)  # fmt: skip
+@click.option(
     "--memory-budget", callback=_size, metavar="SIZE", help="Refuse to begin where more is needed: 16GiB. Hidden "
     "states lie in files and do not count.",
 )  # fmt: skip
@@ -174,7 +179,8 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 def quantize(
     checkpoint: Path, out: Path, effort: str, method: str | None, format_: str, bits: str, average_bits: float | None,
     group_size: int, symmetric: bool, ignore: tuple[str, ...], overrides: list[dict[str, str | int]],
-    text: tuple[str, ...], samples: int, length: int, memory_budget: int | None, device: str, seed: int, fresh: bool,
+    text: tuple[str, ...], samples: int, length: int, continuations: int | None, memory_budget: int | None, device: str,
+    seed: int, fresh: bool,
 ) -> None:  # fmt: skip
     """4-bit weights for CHECKPOINT, stored so that vLLM loads them.
 
@@ -200,6 +206,7 @@ def quantize(
             "symmetric": symmetric,
             "ignore": ignore,
             "overrides": overrides,
+            "continuations": continuations,
         },
         where="quantize",
     )

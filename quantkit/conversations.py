@@ -16,6 +16,7 @@ from quantkit.artifacts import write_text
 from quantkit.errors import QuantkitError
 from quantkit.offline import Session
 from quantkit.progress import Report
+from quantkit.tokens import TokenSet
 
 _MARK = "\u241e"  # stands for the user's words while the template is cut apart; no prompt holds it
 _SPARE = 1.35  # prompts asked for per prompt wanted: some are cut off, some come twice
@@ -163,6 +164,43 @@ def chats(
         for question, prompt in zip(asked, rendered, strict=True)
         if tuple(prompt) in said
     ]
+
+
+def continuations(
+    session: Session, checkpoint: Path, windows: TokenSet, copies: int, *, seed: int, folder: Path, report: Report
+) -> TokenSet:
+    """Windows that begin as the given ones do somewhere, and go on as the model does, sampled at temperature 1.
+
+    Of each window `copies` pieces are taken, a quarter of its length and from anywhere in it, and continued to its
+    length. What ends sooner is joined to the next, behind EOS, so that at most copies * samples windows come of it.
+    """
+    length = windows.input_ids_ST.shape[1]
+    begin = int(windows.adds_bos)
+    body = length - begin
+    shown = max(body // 4, 1)
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [
+        row[place : place + shown]
+        for row in windows.input_ids_ST[:, begin:].tolist() * copies
+        for place in [int(torch.randint(body - shown + 1, (), generator=generator))]
+    ]
+    bos = windows.input_ids_ST[0, :begin].tolist()
+    requests = [
+        offline.Request(
+            name=f"continuation-{number}", prompt=bos + piece, temperature=1.0, max_tokens=body - shown,
+            seed=seed * 1_000_003 + number,
+        )
+        for number, piece in enumerate(pieces)
+    ]  # fmt: skip
+    job = offline.Job(model=str(checkpoint), requests=requests, max_model_len=length + 1, seed=seed)
+    results, _ = session.run(
+        job, folder / "continuations", on_result=lambda done, total: report("the model reads on", done, total)
+    )
+    texts = [piece + result.tokens for piece, result in zip(pieces, results, strict=True)]
+    found = [text for text in texts if len(text) == body]
+    ended = [token for text in texts if len(text) < body for token in text]  # each has its EOS
+    found += [ended[place : place + body] for place in range(0, len(ended) - body + 1, body)]
+    return TokenSet(torch.tensor([bos + text for text in found], dtype=torch.int64), windows.adds_bos)
 
 
 def stop_tokens(checkpoint: Path) -> list[int]:

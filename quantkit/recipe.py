@@ -75,6 +75,7 @@ class Quantize(Section):
     method: Method | None = None  # the effort's
     drift_correction: Annotated[float, Field(ge=0, le=1)] | None = None  # the effort's
     output_curvature: bool | None = None  # the effort's
+    continuations: Annotated[int, Field(ge=0)] | None = None  # the effort's; written by the model, for each window
     tuning_epochs: Annotated[int, Field(ge=0)] | None = None  # the effort's
     format: FormatName = "compressed-tensors"
     bits: Literal[4, 8, "auto"] = 4

@@ -2,13 +2,16 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from quantkit import artifacts, hardware, text
 from quantkit.artifacts import Kind, Manifest, Work
 from quantkit.errors import GateFailed, QuantkitError
 from quantkit.progress import LINE, Display, Report
 from quantkit.recipe import Draft, Evaluate, Quantize, Serve, TextWindows
+
+if TYPE_CHECKING:
+    from quantkit.tokens import TokenSet
 
 
 class Stage(NamedTuple):
@@ -68,7 +71,6 @@ def quantize(
 
     def make(work: Work, report: Report) -> None:
         from quantkit import checkpoint as checkpoints
-        from quantkit import tokens
         from quantkit.quantize import estimate, stream
         from quantkit.quantize.layer import Settings
 
@@ -76,20 +78,17 @@ def quantize(
         plan = Settings.of(**settings.model_dump())
         for limit in stream.check_settings(source, plan):
             report(limit, 0, LINE)
-        windows = tokens.tokenize(
-            calibration.text, tokens.load_tokenizer(checkpoint), samples=calibration.samples,
-            length=calibration.length, seed=seed,
-            written=_written(calibration, checkpoint, seed=seed, folder=work.partial, report=report),
-        )  # fmt: skip
         hardware.keep_freed_memory()
         compute = hardware.compute_dtype(device)
-        shape_ST = tuple(windows.input_ids_ST.shape)
         needed = estimate.need(
-            source.arch, plan, samples=shape_ST[0], length=shape_ST[1], compute_bytes=compute.itemsize,
-            speed=estimate.speed(device, compute),
+            source.arch, plan, samples=calibration.samples * (1 + plan.continuations), length=calibration.length,
+            compute_bytes=compute.itemsize, speed=estimate.speed(device, compute),
         )  # fmt: skip
         report(f"needs about {needed}", 0, LINE)
         estimate.check_room(needed, work.out, memory_budget=memory_budget)
+        windows = _calibration_windows(
+            calibration, checkpoint, plan.continuations, seed=seed, folder=work.partial, report=report
+        )
         checkpoints.check_finite(source, lambda done, total: report("checking the weights, tensor", done, total))
         layers = work.partial / "layers"
         hand_out(stream.Order(source.path, windows, plan, layers, seed))
@@ -102,6 +101,7 @@ def quantize(
         checkpoints.open_checkpoint(work.out, quantized=True)
         work.results |= {
             "calibration_tokens": windows.input_ids_ST.numel(),
+            "continuations": plan.continuations,
             "adds_bos": windows.adds_bos,
             "weights_bytes": sum(file.stat().st_size for file in work.out.glob("*.safetensors")),
             "source_weights_bytes": sum(file.stat().st_size for file in set(source.shards.values())),
@@ -199,23 +199,34 @@ def _windows(settings: TextWindows) -> dict[str, Any]:
     return {"text": text.describe(settings.text), "samples": settings.samples, "length": settings.length}
 
 
-def _written(
-    calibration: TextWindows, checkpoint: Path, *, seed: int, folder: Path, report: Report
-) -> dict[str, Sequence[text.Document]]:
-    """The chats that the model writes for the calibration sources `self:N`."""
-    found: dict[str, Sequence[text.Document]] = {}
-    for source in calibration.text:
-        count = text.self_prompts(source)
-        if count is not None:
-            from quantkit import conversations
-            from quantkit.offline import Session
+def _calibration_windows(
+    calibration: TextWindows, checkpoint: Path, continuations: int, *, seed: int, folder: Path, report: Report
+) -> "TokenSet":
+    """The windows to calibrate on: of the sources, with the chats of `self:N`, and what the model makes of them."""
+    import torch
 
-            with Session() as session:
-                found[source] = conversations.chats(
+    from quantkit import conversations, tokens
+    from quantkit.offline import Session
+
+    written: dict[str, Sequence[text.Document]] = {}
+    with Session() as session:  # which starts vLLM when it is asked for something
+        for source in calibration.text:
+            count = text.self_prompts(source)
+            if count is not None:
+                written[source] = conversations.chats(
                     session, checkpoint, count, prompt_tokens=128, answer_tokens=256, temperature=1.0, seed=seed,
                     folder=folder, report=report,
                 )  # fmt: skip
-    return found
+        windows = tokens.tokenize(
+            calibration.text, tokens.load_tokenizer(checkpoint), samples=calibration.samples,
+            length=calibration.length, seed=seed, written=written,
+        )  # fmt: skip
+        if not continuations:
+            return windows
+        more = conversations.continuations(
+            session, checkpoint, windows, continuations, seed=seed, folder=folder, report=report
+        )
+    return windows._replace(input_ids_ST=torch.cat([windows.input_ids_ST, more.input_ids_ST]))
 
 
 def _calibration_of(candidate: Path) -> list[str]:

@@ -21,7 +21,7 @@ ROOMS = [
 ]
 # What is pure maths imports torch, the standard library, and each other.
 PURE = {"formats", "quantization_config", "vllm_support", "quantize.grid", "quantize.gptq", "quantize.awq"}
-PURE |= {"losses", "quantize.gram"}
+PURE |= {"losses", "quantize.gram", "quantize.smooth"}
 
 
 def _modules() -> dict[str, Path]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantkit.formats import QuantizedWeight, dequantize, grouped
-from quantkit.quantize.grid import CHUNK_ELEMENTS, check_hessian, diagonal_blocks, fit_grid, minmax_grid, round_to_grid
+from quantkit.quantize.grid import CHUNK_ELEMENTS, check_hessian, fit_grid, minmax_grid, round_to_grid
 
 MAGNITUDE_FLOOR = 1e-4  # an input counts as at least this fraction of the largest: no division by zero
 
@@ -40,8 +40,6 @@ def search_scale(
     group_size: int,
     symmetric: bool,
     steps: int = 20,
-    within_groups: bool = False,
-    max_rows: int | None = None,
     tie: Callable[[Tensor], Tensor] | None = None,
 ) -> ScaleSearch:
     """The input scale, shared by linears with the same input, that makes rounding change their outputs least.
@@ -56,10 +54,6 @@ def search_scale(
     hessian_II: [in_features, in_features], the Gram matrix of the inputs, before any scaling.
     mean_abs_I: [in_features], the mean magnitude of each input, >= 0.
     steps: alpha goes over 0, 1/steps, ... 1.
-    within_groups: count the error within each group of inputs alone, with the diagonal blocks of the Gram matrix, and
-        try eq. 5 alone. That is what a method that makes up for errors across groups (GPTQ) is left with, and at a
-        tenth of the time.
-    max_rows: look at so many rows, evenly spread, where there are more.
     tie: maps a positive scale_I to one that the producer of the inputs can take in, for example equal over
         the query heads that share a value head; it must commute with a constant factor. Candidates pass
         through it.
@@ -79,9 +73,6 @@ def search_scale(
     if steps < 1:
         raise ValueError(f"steps is {steps}: choose at least 1")
     hessian_II = hessian_II.float()
-    blocks_Gii = diagonal_blocks(hessian_II, group_size) if within_groups else None
-    if max_rows is not None:
-        weights = [weight_OI[:: max(len(weight_OI) // max_rows, 1)] for weight_OI in weights]
 
     def output_error(scale_I: Tensor) -> float:
         total = torch.zeros((), dtype=torch.float64, device=hessian_II.device)
@@ -92,19 +83,13 @@ def search_scale(
             grid = minmax_grid(scaled_OI, bits=bits, group_size=group_size, symmetric=symmetric)
             rounded_OI = dequantize(QuantizedWeight(round_to_grid(scaled_OI, grid), grid))
             error_OI = rounded_OI.div_(scale_I).sub_(chunk_OI)
-            if blocks_Gii is None:
-                total += (error_OI @ hessian_II).mul_(error_OI).sum(dtype=torch.float64)
-            else:
-                error_GOi = grouped(error_OI, group_size).transpose(0, 1)
-                total += (error_GOi @ blocks_Gii).mul_(error_GOi).sum(dtype=torch.float64)
+            total += (error_OI @ hessian_II).mul_(error_OI).sum(dtype=torch.float64)
         return float(total)
 
     ones_I = torch.ones(in_features, device=hessian_II.device)
     unscaled = output_error(ones_I)
     best = ScaleSearch(ones_I, unscaled, unscaled, exponent=0.0, weight_magnitude=False)
     for scale_I, exponent, weight_magnitude in _candidates(weights, mean_abs_I.float(), group_size, steps):
-        if within_groups and weight_magnitude:
-            continue
         allowed_I = scale_I if tie is None else tie(scale_I)
         allowed_I = allowed_I / (allowed_I.max() * allowed_I.min()).sqrt()
         error = output_error(allowed_I)

@@ -30,16 +30,19 @@ Errors = Callable[[Tensor], dict[int, Tensor]]  # of a weight
 BATCH = 4  # samples a pass through a layer
 MAX_ROWS = 2048  # of a block: what rows further apart do to each other is left out
 MAX_TOKENS = 1 << 16  # of all ranks; more tell little more, and their states fill the disk
-MAX_TRACE = 10.0  # times the mean: one token must not be all of a Gram matrix
+LOUD = 30.0  # times the mean: what a token's trace says past this is no chance
+MAX_SHARE = 3.0  # times the mean of its batch: nor of a block of the Fisher information
 _CHUNK = 128  # positions whose logits stand in memory
 
 
 class Curvature(NamedTuple):
     """Of one layer, in any unit.
 
-    blocks: by linear, the diagonal blocks of the Fisher information at its outputs, float32 [rows, rows] each.
-    tokens: by the first linear of those that read the same, what each token weighs: the root of its trace as a multiple
-        of the mean, which counts up to MAX_TRACE. float32 [samples, length], of this rank's samples.
+    blocks: by linear, the diagonal blocks of the Fisher information at its outputs, float32 [rows, rows] each. A token
+        counts up to MAX_SHARE: the first of each window, which every later one attends to, has most of the trace of
+        v_proj, and what a handful of tokens show of 192 rows is chance.
+    tokens: by the first linear of those that read the same, what each token weighs in their Gram matrix. float32
+        [samples, length], of this rank's samples.
     """
 
     blocks: dict[str, list[Tensor]]
@@ -143,9 +146,11 @@ def _mean(sums: dict[str, dict[int, Tensor]], tokens: int) -> dict[str, dict[int
 
 
 def _weights(traces: dict[str, Tensor], shape_ST: torch.Size) -> dict[str, Tensor]:
-    """The roots of this rank's tokens' traces over the mean of all ranks', by group; 1 where none was measured.
+    """What this rank's tokens weigh, by group: the root of their traces over the mean of all ranks'; 1 where none was.
 
-    The root, since a trace is one probe's and as much chance as it is the token's.
+    The root, since a trace is one probe's and as much chance as it is the token's. Not so for a token that is far above
+    the others, as the first of a window is for keys and values: beyond LOUD times the mean the trace itself counts.
+    Such inputs are much alike, and to keep them right takes few of a weight's degrees of freedom.
     """
     found = {}
     for group in INPUT_GROUPS:
@@ -154,7 +159,7 @@ def _weights(traces: dict[str, Tensor], shape_ST: torch.Size) -> dict[str, Tenso
         count = ranks.sum_up(sums, trace_ST.numel())
         found[group[0]] = torch.ones(shape_ST, device=trace_ST.device)
         weight_ST = trace_ST * (count / sums["trace"].clamp_min(torch.finfo(torch.float32).tiny))
-        found[group[0]][: len(trace_ST)] = weight_ST.clamp_max(MAX_TRACE).sqrt()
+        found[group[0]][: len(trace_ST)] = (weight_ST * (weight_ST / LOUD).clamp_min(1)).sqrt()
     return {name: weight_ST.cpu() for name, weight_ST in found.items()}
 
 
@@ -199,10 +204,12 @@ def _backward(
             for key, change_OI in changes.get(linear, {}).items():
                 moved_BTO = x_BTI.detach() @ change_OI.T.to(x_BTI.dtype)
                 cost[linear][key] += (moved_BTO.float() * gradient_BTO).sum(-1).square().sum() / 2
-            traces[linear][part] = gradient_BTO.float().square().sum(-1)
-            sizes = block_sizes(gradient_BTO.shape[-1])
-            pieces = gradient_BTO.flatten(0, 1).float().split(sizes, dim=1)
-            for number, piece_NR in enumerate(pieces):
+            gradient_NO = gradient_BTO.flatten(0, 1).float()
+            trace_N = gradient_NO.square().sum(-1)
+            traces[linear][part] = trace_N.view(gradient_BTO.shape[:2])
+            most = MAX_SHARE * trace_N.mean()
+            capped_NO = gradient_NO * (most / trace_N.clamp_min(most)).nan_to_num_(1.0).sqrt()[:, None]
+            for number, piece_NR in enumerate(capped_NO.split(block_sizes(capped_NO.shape[1]), dim=1)):
                 add_gram(blocks[f"{linear}.{number:03d}"], piece_NR)
 
         return add

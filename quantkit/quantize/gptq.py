@@ -98,9 +98,9 @@ def gptq(
     )
     order_I = torch.arange(in_features, device=weight_OI.device)
     if act_order:
-        order_I = hessian_II.diagonal().argsort(descending=True, stable=True)
+        order_I = input_order(hessian_II)
     # Rows and columns of the Hessian go with the columns of the weight.
-    factor_II, damping = _inverse_factor(hessian_II[order_I][:, order_I], damping, dtype)
+    factor_II, damping = inverse_factor(hessian_II[order_I][:, order_I], damping, dtype)
     columns = _Columns(
         factor_II, order_I, group_size, 2**bits - 1, block_size, None if act_order else hessian_II, find_grid
     )
@@ -175,8 +175,8 @@ def _by_row_blocks(
     parts = []  # where the rows of each block of G stand, the most curved first, and its factor in that order
     begin = 0
     for hessian_RR in output_hessians:
-        order_R = hessian_RR.diagonal().argsort(descending=True, stable=True)
-        factor_RR, _ = _inverse_factor(hessian_RR[order_R][:, order_R], OUTPUT_DAMPING, weight_OI.dtype)
+        order_R = input_order(hessian_RR)
+        factor_RR, _ = inverse_factor(hessian_RR[order_R][:, order_R], OUTPUT_DAMPING, weight_OI.dtype)
         parts.append((begin + order_R, factor_RR))
         begin += len(order_R)
     target_OI = weight_OI.clone()
@@ -212,7 +212,12 @@ def _blocks(in_features: int, group_size: int, block_size: int) -> Iterator[tupl
             yield start, min(start + block_size, span_stop)
 
 
-def _inverse_factor(hessian_II: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+def input_order(hessian_II: Tensor) -> Tensor:
+    """The order in which inputs are rounded: by descending diagonal of the Hessian."""
+    return hessian_II.diagonal().argsort(descending=True, stable=True)
+
+
+def inverse_factor(hessian_II: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, float]:
     """Upper triangular U with U^T U = (H + damping * mean diagonal * I)^-1; and the damping that it took.
 
     Row i of U, divided by its pivot, is the first row of the inverse of the Hessian of columns i and after,

@@ -23,6 +23,7 @@ from quantkit.quantize.fisher import Curvature
 from quantkit.quantize.gptq import gptq
 from quantkit.quantize.gram import add_gram, mirror, shrunk, usual_shrinkage
 from quantkit.quantize.schemes import Override
+from quantkit.quantize.smooth import smoothing_scale
 
 BATCH = 4  # samples a forward pass
 
@@ -33,16 +34,15 @@ class Effort(NamedTuple):
     method: str
     drift_correction: float
     output_curvature: bool
+    continuations: int
     tuning_epochs: int
 
 
 EFFORTS = {
-    "fast": Effort("gptq", 0.0, False, 0),
-    "default": Effort("awq+gptq", 0.8, True, 0),
-    "high": Effort("awq+gptq", 0.8, True, 4),
+    "fast": Effort("gptq", 0.0, False, 0, 0),
+    "default": Effort("awq+gptq", 0.8, True, 0, 0),
+    "high": Effort("awq+gptq", 0.8, True, 3, 0),
 }
-# How AWQ's scales are searched when GPTQ follows and makes up for errors across groups: an eighth of the time.
-_BEFORE_GPTQ: dict[str, Any] = {"steps": 10, "within_groups": True, "max_rows": 1024}
 
 
 class Settings(NamedTuple):
@@ -58,7 +58,8 @@ class Settings(NamedTuple):
     shrinkage: float | None = None  # of the Gram matrix towards its diagonal; None: by the tokens an input
     drift_correction: float = 0.0  # share of the drift so far that a linear makes up for
     output_curvature: bool = False  # whether rows make up for each other's errors (`fisher`)
-    tuning_epochs: int = 0  # passes of `tune` over the calibration windows
+    continuations: int = 0  # windows that the model writes for each calibration window, beginning with a piece of it
+    tuning_epochs: int = 0  # passes of `tune` over all windows
     average_bits: float | None = None  # bits: auto, so many a weight on average; `bits` for those that get fewest
     ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits (`schemes`)
     overrides: tuple[Override, ...] = ()  # of bits, group size and symmetry, by pattern
@@ -94,7 +95,7 @@ class LinearNote(NamedTuple):
     relative_error: float  # |(W' - Q) X|^2 / |W' X|^2 over the calibration inputs, W' what was to be rounded
     dead_inputs: int
     damping: float  # 0 where the method needs none
-    awq_exponent: float | None  # alpha of the scale s = mean|x|^alpha; 0 means that no scaling was best
+    scale_gain: float | None  # what the scale of its inputs leaves of the error that it is judged by; None: no scale
 
 
 class Run:
@@ -243,7 +244,7 @@ class Layer:
             shrinkage = usual_shrinkage(len(inputs.gram_II), inputs.tokens)
         # Rows are independent of each other: stacked, the linears share one inverse of the Gram matrix.
         weight_OI = torch.cat([self.weights[f"{name}.weight"] for name in names])
-        gram_II, exponent = inputs.gram_II, None
+        gram_II, gain = inputs.gram_II, None
         if inputs.cross_II is not None:
             weight_OI = target_weight(
                 weight_OI, gram_II, inputs.cross_II, inputs.residual_CI, strength=settings.drift_correction,
@@ -255,7 +256,7 @@ class Layer:
             for block in self.curvature.blocks.get(name, [])
         ]
         if settings.method != "gptq":
-            scale_I, exponent = self._search(settings, names, _by_row(weight_OI, curvature), inputs)
+            scale_I, gain = self._search(settings, names, _by_row(weight_OI, curvature), inputs, shrinkage)
             self._fold(producer, scale_I)
             weight_OI = weight_OI * scale_I
             gram_II = gram_II / (scale_I[:, None] * scale_I)
@@ -268,7 +269,7 @@ class Layer:
             self._keep(name, _rows(quantized, rows))
             error = _energy(weight_OI[rows] - self.weights[f"{name}.weight"], gram_II)
             relative = float(error / _energy(weight_OI[rows], gram_II).clamp_min(1e-30))
-            self.notes.append(LinearNote(name, round(relative, 6), dead, damping, exponent))
+            self.notes.append(LinearNote(name, round(relative, 6), dead, damping, gain and round(gain, 4)))
             begin = rows.stop
 
     def _observe(
@@ -310,16 +311,18 @@ class Layer:
         return _Inputs(count, means["gram"], means["abs"], means.get("cross"), means.get("residual"))
 
     def _search(
-        self, settings: Settings, names: tuple[str, ...], weight_OI: Tensor, inputs: _Inputs
+        self, settings: Settings, names: tuple[str, ...], weight_OI: Tensor, inputs: _Inputs, shrinkage: float
     ) -> tuple[Tensor, float]:
-        arch = self.arch
+        arch, group_size = self.arch, _group_size(settings, len(inputs.gram_II))
         tie = _tie_query_heads(arch) if names == ("self_attn.o_proj",) and arch.kv_group > 1 else None
+        if settings.method == "awq+gptq":
+            gram_II = shrunk(inputs.gram_II, shrinkage)
+            return smoothing_scale(weight_OI, gram_II, group_size=group_size, damping=settings.damping, tie=tie)
         found = search_scale(
-            [weight_OI], inputs.gram_II, inputs.mean_abs_I, bits=settings.bits,
-            group_size=_group_size(settings, len(inputs.gram_II)), symmetric=settings.symmetric, tie=tie,
-            **(_BEFORE_GPTQ if settings.method == "awq+gptq" else {}),
+            [weight_OI], inputs.gram_II, inputs.mean_abs_I, bits=settings.bits, group_size=group_size,
+            symmetric=settings.symmetric, tie=tie,
         )  # fmt: skip
-        return found.scale_I, found.exponent
+        return found.scale_I, found.error / found.error_unscaled if found.error_unscaled else 1.0
 
     def _fold(self, producer: str, scale_I: Tensor) -> None:
         """Divide what the producer gives by the scale, so that the layer computes the same as before."""

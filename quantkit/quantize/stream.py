@@ -325,9 +325,9 @@ def _read_notes(folder: Path, index: int) -> list[LinearNote]:
         metadata: Mapping[str, str] = handle.metadata()
     notes = []
     for linear in (linear for group in INPUT_GROUPS for linear in group if linear in metadata):
-        error, dead, damping, exponent = metadata[linear].split(",")
-        alpha = None if exponent == "None" else float(exponent)
-        notes.append(LinearNote(layer_prefix(index) + linear, float(error), int(dead), float(damping), alpha))
+        error, dead, damping, gain = metadata[linear].split(",")
+        kept = None if gain == "None" else float(gain)
+        notes.append(LinearNote(layer_prefix(index) + linear, float(error), int(dead), float(damping), kept))
     return notes
 
 

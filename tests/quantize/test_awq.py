@@ -73,23 +73,6 @@ def test_search_equals_brute_force() -> None:
     assert len({round(error, 6) for error in errors.values()}) > 8  # the candidates do differ
 
 
-def test_within_groups_the_error_is_that_of_the_diagonal_blocks() -> None:
-    inputs_TI, weights = layer_inputs(10), layer_weights(10)
-    gram_II, mean_abs_I = inputs_TI.T @ inputs_TI, inputs_TI.abs().mean(0)
-    found = search_scale(weights, gram_II, mean_abs_I, bits=4, group_size=16, symmetric=False, within_groups=True)
-    total = 0.0
-    for weight_OI in weights:
-        error_OI = rounded(weight_OI * found.scale_I, 16, False) / found.scale_I - weight_OI
-        for begin in (0, 16):
-            group = slice(begin, begin + 16)
-            total += float((error_OI[:, group] @ gram_II[group, group] * error_OI[:, group]).sum())
-    assert found.error == pytest.approx(total, rel=1e-4)
-    assert found.exponent > 0 and not found.weight_magnitude
-    one_row = search_scale(weights[:1], gram_II, mean_abs_I, bits=4, group_size=16, symmetric=False, max_rows=1)
-    first = search_scale([weights[0][:1]], gram_II, mean_abs_I, bits=4, group_size=16, symmetric=False)
-    assert torch.equal(one_row.scale_I, first.scale_I)
-
-
 def test_a_scale_cancels_exactly_without_rounding() -> None:
     inputs_TI, (weight_OI, *_) = layer_inputs(4).double(), layer_weights(4)
     # Powers of two: scaling is exact in floating point, and so must its undoing be.

@@ -137,7 +137,7 @@ def test_tokens_weigh_what_their_outputs_matter(tiny_llama: Path, windows: Token
     assert found.keys() == {"self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}
     for weight_ST in found.values():
         assert weight_ST.shape == (96, 64)
-        assert weight_ST.min() >= 0 and weight_ST.max() <= fisher.MAX_TRACE**0.5
+        assert weight_ST.min() >= 0
         assert 0.6 < float(weight_ST.mean()) <= 1.001
     by_position = found["mlp.down_proj"].mean(0)
     assert by_position[:16].mean() > by_position[-16:].mean()

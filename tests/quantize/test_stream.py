@@ -109,7 +109,7 @@ def test_notes_name_each_linear_with_its_error(tiny_llama: Path, windows: TokenS
     )
     assert len(notes) == 2 * 7 and notes[0].linear == "model.layers.0.self_attn.q_proj"
     assert all(0 < note.relative_error < 0.1 for note in notes)
-    assert all(note.damping > 0 and note.awq_exponent is None for note in notes)
+    assert all(note.damping > 0 and note.scale_gain is None for note in notes)
 
 
 def test_embeddings_and_norms_are_carried_over(tiny_llama: Path, windows: TokenSet, tmp_path: Path) -> None:

@@ -1,0 +1,56 @@
+"""What a model writes, by the real vLLM."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantkit import conversations, tokens
+from quantkit.offline import Session
+from quantkit.progress import silent
+from quantkit.tokens import TokenSet
+
+pytestmark = pytest.mark.vllm
+
+
+def _continued(session: Session, model: Path, windows: TokenSet, folder: Path, seed: int = 3) -> TokenSet:
+    return conversations.continuations(session, model, windows, 6, seed=seed, folder=folder, report=silent)
+
+
+def test_windows_go_on_from_a_piece_of_what_was_given(
+    tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    tokenizer = tokens.load_tokenizer(tiny_llama)
+    windows = tokens.tokenize([str(texts[0])], tokenizer, samples=4, length=65, seed=0)
+    with Session() as session:
+        found = _continued(session, tiny_llama, windows, tmp_path / "one")
+        again = _continued(session, tiny_llama, windows, tmp_path / "two")
+        other = _continued(session, tiny_llama, windows, tmp_path / "three", seed=4)
+    assert torch.equal(found.input_ids_ST, again.input_ids_ST)
+    assert not torch.equal(found.input_ids_ST[:1], other.input_ids_ST[:1])
+    assert found.input_ids_ST.shape[1] == 65 and 12 <= len(found.input_ids_ST) <= 24
+    assert found.adds_bos == windows.adds_bos
+    begin, shown = int(windows.adds_bos), (65 - windows.adds_bos) // 4
+    if windows.adds_bos:
+        assert (found.input_ids_ST[:, 0] == tokenizer.bos_token_id).all()
+    given = ["".join(f" {token} " for token in row) for row in windows.input_ids_ST[:, begin:].tolist()]
+    whole = 0
+    for row in found.input_ids_ST[:, begin:].tolist():
+        piece = "".join(f" {token} " for token in row[:shown])
+        from_a_piece = any(piece in window for window in given)
+        whole += from_a_piece
+        assert from_a_piece or tokenizer.eos_token_id in row  # else it is made of what ended sooner
+    assert whole >= 6
+
+
+def test_what_ends_sooner_ends_with_eos(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+    """vLLM gives the EOS among the tokens: without it two texts would run into each other."""
+    tokenizer = tokens.load_tokenizer(tiny_llama)
+    windows = tokens.tokenize([str(texts[0])], tokenizer, samples=8, length=512, seed=0)
+    with Session() as session:
+        conversations.continuations(session, tiny_llama, windows, 4, seed=0, folder=tmp_path, report=silent)
+    lines = (tmp_path / "continuations" / "results.jsonl").read_text().splitlines()
+    results = [conversations.offline.Result.model_validate_json(line) for line in lines]
+    ended = [result for result in results if result.finished == "stop"]
+    assert ended and all(result.tokens[-1] == tokenizer.eos_token_id for result in ended)
+    assert all(tokenizer.eos_token_id not in result.tokens[:-1] for result in ended)
