@@ -93,8 +93,9 @@ def test_what_stands_in_the_callers_environment_stays_outside(tmp_path: Path, mo
 
 
 HOST = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is behind & with Ctrl-C ignored
 from quantkit.engines import contract
 job = contract.Job.model_validate_json(Path(sys.argv[1]).read_bytes())
 contract.run("slow", job, Path(sys.argv[3]), python=Path(sys.executable), worker=Path(sys.argv[2]),
@@ -133,7 +134,7 @@ def test_whoever_ends_quantkit_ends_the_worker_and_its_children(tmp_path: Path, 
 
 def _until(true: object, what: str) -> None:
     assert callable(true)
-    for _ in range(600):
+    for _ in range(3000):
         if true():
             return
         time.sleep(0.05)
