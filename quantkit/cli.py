@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from quantkit import __version__
 from quantkit.errors import QuantkitError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+# spelled out, because the table of them comes with torch, which takes seconds to import
+_ENGINES = ("autoawq", "autogptq", "gptqmodel", "llmcompressor", "autoround")
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again; it goes on where it stopped",
@@ -80,6 +84,26 @@ def _overrides(
     return found
 
 
+def _engine_options(
+    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> dict[str, bool | int | float | str]:
+    import yaml
+
+    found = {}
+    for text in texts:
+        key, equals, written = text.partition("=")
+        value = yaml.safe_load(written) if key and equals else None
+        if not isinstance(value, bool | int | float | str):
+            raise click.BadParameter(f"{text!r}: write it as KEY=VALUE, a number, a word or true, for example iters=20")
+        found[key] = value
+    return found
+
+
+def _was_given(name: str) -> bool:
+    """Whether an option of the running command is there because the user wrote it."""
+    return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
+
+
 _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 _fresh = click.option("--fresh", is_flag=True, help="Replace what --out holds instead of resuming or refusing.")
 _device = click.option("--device", default="cpu", show_default=True, help="torch device, for example cuda.")
@@ -139,10 +163,22 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
     help="fast: GPTQ. default: scaled inputs, the curvature of both sides, drift correction. high: as default, on more "
     "text, which CHECKPOINT writes.",
 )
-@click.option("--method", type=click.Choice(["gptq", "awq", "awq+gptq"]), help="Instead of the effort's.")
 @click.option(
-    "--format", "format_", type=click.Choice(["compressed-tensors", "gptq", "awq"]), default="compressed-tensors",
-    show_default=True,
+    "--engine", type=click.Choice(["native", *_ENGINES]),
+    default="native", show_default=True,
+    help="Another tool, in an environment of its own (`quantkit engines`). Interrupted, it begins again.",
+)  # fmt: skip
+@click.option(
+    "--engine-option", "engine_options", multiple=True, callback=_engine_options, metavar="KEY=VALUE",
+    help="Passed on to the other tool, the value as in YAML: iters=20. May be repeated.",
+)  # fmt: skip
+@click.option(
+    "--method", type=click.Choice(["gptq", "awq", "awq+gptq", "gptaq", "autoround"]),
+    help="Instead of the effort's; `quantkit engines` says which of them another engine has.",
+)  # fmt: skip
+@click.option(
+    "--format", "format_", type=click.Choice(["compressed-tensors", "gptq", "awq"]),
+    help="compressed-tensors, or the other engine's own.",
 )  # fmt: skip
 @click.option("--bits", type=click.Choice(["4", "8", "auto"]), default="4", show_default=True)
 @click.option("--average-bits", type=float, help="With --bits auto: as many a weight, 4, 8 or 16 for each linear.")
@@ -177,10 +213,8 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 @_fresh
 @_friendly
 def quantize(
-    checkpoint: Path, out: Path, effort: str, method: str | None, format_: str, bits: str, average_bits: float | None,
-    group_size: int, symmetric: bool, ignore: tuple[str, ...], overrides: list[dict[str, str | int]],
-    text: tuple[str, ...], samples: int, length: int, continuations: int | None, memory_budget: int | None, device: str,
-    seed: int, fresh: bool,
+    checkpoint: Path, out: Path, text: tuple[str, ...], samples: int, length: int, memory_budget: int | None,
+    device: str, seed: int, fresh: bool, format_: str | None, bits: str, **asked: Any,
 ) -> None:  # fmt: skip
     """4-bit weights for CHECKPOINT, stored so that vLLM loads them.
 
@@ -189,27 +223,17 @@ def quantize(
       quantkit quantize Llama-3.1-8B-Instruct --out llama-w4 --calibration prose.txt --calibration self:200
       quantkit quantize llama --out llama-awq --method awq --format awq --calibration prose.txt
       quantkit quantize llama --out w4 --calibration c.jsonl --override '*.down_proj:bits=8,symmetric=true'
+      quantkit quantize llama --out w4 --calibration c.jsonl --engine llmcompressor --method awq
+      quantkit quantize llama --out w4 --calibration c.jsonl --engine autoround --engine-option iters=20
       torchrun --nproc-per-node 4 --no-python quantkit quantize llama --out w4 --calibration c.jsonl --device cuda
     """
     from quantkit import recipe, stages
     from quantkit.quantize import ranks, stream
 
-    settings = recipe.check(
-        recipe.Quantize,
-        {
-            "effort": effort,
-            "method": method,
-            "format": format_,
-            "bits": bits if bits == "auto" else int(bits),
-            "average_bits": average_bits,
-            "group_size": group_size,
-            "symmetric": symmetric,
-            "ignore": ignore,
-            "overrides": overrides,
-            "continuations": continuations,
-        },
-        where="quantize",
-    )
+    asked |= {"format_": format_, "bits": bits if bits == "auto" else int(bits)}
+    # what was asked for and no more: an engine refuses what it does not take
+    given = {name.rstrip("_"): value for name, value in asked.items() if _was_given(name)}
+    settings = recipe.check(recipe.Quantize, given, where="quantize")
     windows = recipe.TextWindows(text=text, samples=samples, length=length)
     with ranks.joined(device) as own_device:
         if ranks.rank() > 0:
@@ -222,6 +246,45 @@ def quantize(
             )  # fmt: skip
             stages.run_stage(stage, out, display=_display(), replace=fresh)
     click.echo(str(out))
+
+
+@main.group(invoke_without_command=True)
+@click.pass_context
+@_friendly
+def engines(context: click.Context) -> None:
+    """Other quantizers that `quantkit quantize --engine` runs: lists them, and makes their environments.
+
+    \b
+    Example:
+      quantkit engines
+      quantkit engines install llmcompressor
+    """
+    if context.invoked_subcommand is None:
+        from rich.console import Console
+
+        from quantkit import summary
+
+        summary.print_engines(Console())
+
+
+@engines.command("install")
+@click.argument("name", type=click.Choice(_ENGINES))
+@_friendly
+def engines_install(name: str) -> None:
+    """Make the environment of the engine NAME now rather than when it is first used.
+
+    Its pinned packages go to $QUANTKIT_CACHE, or ~/.cache/quantkit, under engines/. What is there already is left.
+
+    \b
+    Example:
+      quantkit engines install llmcompressor
+    """
+    from quantkit.engines import environment
+
+    display = _display()
+    with display.stage(f"environment of {name}") as report:
+        environment.ensure(name, report)
+    click.echo(str(environment.folder(name)))
 
 
 @main.command("eval")

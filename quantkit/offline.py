@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from quantkit import artifacts, vllm_environment
+from quantkit import artifacts, processes, vllm_environment
 from quantkit.errors import QuantkitError
 
 DONE = "done"  # what the child says of a finished job
@@ -155,7 +155,7 @@ class Session:
         on_tick()
         if answer != DONE:
             self.close()
-            line = vllm_environment.telling_line(self._log_path)
+            line = processes.telling_line(self._log_path)
             raise QuantkitError(f"vLLM failed ({line}); the whole log is {self._log_path}")
 
     def _start(self, folder: Path) -> "subprocess.Popen[str]":

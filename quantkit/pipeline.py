@@ -95,6 +95,7 @@ def _preflight(recipe: Recipe, out: Path) -> None:
             problems.append(str(error))
     if vllm_environment.distribution() is None:
         problems.append(f"vLLM is not installed: {vllm_environment.INSTALL_HINT}")
+    problems += stages.engine_problems(recipe.quantize)
     raise_all(problems)
 
 

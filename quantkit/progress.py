@@ -44,8 +44,9 @@ class Display:
         if not self.console.is_terminal:
             self.console.print(f"[bold]{title}[/] ...")
         columns = (
-            SpinnerColumn(), TextColumn("[bold]{task.fields[stage]}[/] {task.description}"), BarColumn(),
-            MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            SpinnerColumn(), TextColumn("[bold]{task.fields[stage]}[/]"),
+            TextColumn("{task.description}", markup=False),  # may be a line of a log
+            BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         with Progress(*columns, console=self.console, transient=True, redirect_stderr=sys.stderr.isatty()) as progress:
             task = progress.add_task("starting", stage=title, total=None)
@@ -54,7 +55,7 @@ class Display:
 
     def _update(self, progress: "Progress", task: "TaskID", title: str, what: str, done: int, total: int) -> None:
         if total == LINE:
-            self.console.print(f"  {title}: {what}", highlight=False)
+            self.console.print(f"  {title}: {what}", highlight=False, markup=False)  # may be a line of a log
             return
         known = progress.tasks[progress.task_ids.index(task)]
         if known.description != what and known.description != "starting":
@@ -63,7 +64,9 @@ class Display:
         if not self.console.is_terminal and time.monotonic() - self._last_line_s > 15:
             self._last_line_s = time.monotonic()
             left = known.time_remaining
-            self.console.print(f"  {title}: {what} {done}/{total}" + (f", {spoken(left)} left" if left else ""))
+            steps = f" {done}/{total}" if total else ""
+            time_left = f", {spoken(left)} left" if left else ""
+            self.console.print(f"  {title}: {what}{steps}{time_left}", markup=False)
 
 
 def spoken(seconds: float) -> str:

@@ -82,7 +82,7 @@ class Meter:
 
     def _sample(self) -> None:
         while True:
-            self._peak_bytes = max(self._peak_bytes, _resident_bytes())
+            self._peak_bytes = max(self._peak_bytes, resident_bytes(os.getpid()))
             if self._stop.wait(0.1):
                 return
 
@@ -91,7 +91,7 @@ class Meter:
         return {
             "wall_s": round(time.monotonic() - self._begin_s, 3),
             "cpu_s": round(_cpu_s() - self._begin_cpu_s, 3),
-            "peak_memory_bytes": max(self._peak_bytes, _resident_bytes()),
+            "peak_memory_bytes": max(self._peak_bytes, resident_bytes(os.getpid())),
         }
 
 
@@ -101,14 +101,14 @@ def _cpu_s() -> float:
     return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
 
 
-def _resident_bytes() -> int:
-    """Resident bytes of this process and all its descendants; 0 where /proc is not to be had."""
-    total, pending = 0, [os.getpid()]
+def resident_bytes(pid: int) -> int:
+    """Resident bytes of a process and all its descendants; 0 where /proc is not to be had."""
+    total, pending = 0, [pid]
     while pending:
-        pid = pending.pop()
+        one = pending.pop()
         try:
-            pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-            tasks = Path(f"/proc/{pid}/task")
+            pages = int(Path(f"/proc/{one}/statm").read_text().split()[1])
+            tasks = Path(f"/proc/{one}/task")
             for task in tasks.iterdir():
                 pending += [int(child) for child in (task / "children").read_text().split()]
         except (OSError, IndexError, ValueError):

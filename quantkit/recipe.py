@@ -20,7 +20,8 @@ from pydantic import (
 
 from quantkit.errors import QuantkitError, raise_all
 
-Method = Literal["gptq", "awq", "awq+gptq"]
+EngineName = Literal["native", "autoawq", "autogptq", "gptqmodel", "llmcompressor", "autoround"]
+Method = Literal["gptq", "awq", "awq+gptq", "gptaq", "autoround"]  # which of them, each engine says for itself
 ModelT = TypeVar("ModelT", bound=BaseModel)
 FormatName = Literal["compressed-tensors", "gptq", "awq"]
 
@@ -69,15 +70,17 @@ class Override(Section):
 
 
 class Quantize(Section):
-    """4-bit weights: effort and method choose the integers, the format stores them."""
+    """4-bit weights: engine, effort and method choose the integers, the format stores them."""
 
+    engine: EngineName = "native"
+    engine_options: dict[str, bool | int | float | str] = {}  # of engines other than native: iters for autoround
     effort: Literal["fast", "default", "high"] = "default"
-    method: Method | None = None  # the effort's
+    method: Method | None = None  # the effort's, or the engine's first
     drift_correction: Annotated[float, Field(ge=0, le=1)] | None = None  # the effort's
     output_curvature: bool | None = None  # the effort's
     continuations: Annotated[int, Field(ge=0)] | None = None  # the effort's; written by the model, for each window
     tuning_epochs: Annotated[int, Field(ge=0)] | None = None  # the effort's
-    format: FormatName = "compressed-tensors"
+    format: FormatName | None = None  # the engine's: compressed-tensors for the native one
     bits: Literal[4, 8, "auto"] = 4
     average_bits: Annotated[float, Field(ge=4, le=16)] | None = None  # with bits auto
     group_size: GroupSize = 128

@@ -1,17 +1,27 @@
 """What flows: each stage as a function from directories to a directory, with what its manifest will say."""
 
+import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quantkit import artifacts, hardware, text
+from quantkit import __version__, artifacts, hardware, text
 from quantkit.artifacts import Kind, Manifest, Work
-from quantkit.errors import GateFailed, QuantkitError
+from quantkit.engines import registry
+from quantkit.errors import GateFailed, QuantkitError, raise_all
+from quantkit.formats import Storage
 from quantkit.progress import LINE, Display, Report
 from quantkit.recipe import Draft, Evaluate, Quantize, Serve, TextWindows
 
 if TYPE_CHECKING:
+    from quantkit.checkpoint import Checkpoint
+    from quantkit.quantize.layer import Settings
     from quantkit.tokens import TokenSet
+
+# What every engine takes, each within its limits.
+_FOR_ALL = {"engine", "engine_options", "method", "format", "bits", "group_size", "symmetric"}
+_NATIVE_METHODS = ("gptq", "awq", "awq+gptq")
 
 
 class Stage(NamedTuple):
@@ -67,58 +77,170 @@ def quantize(
     checkpoint: Path, *, calibration: TextWindows, settings: Quantize, seed: int, device: str = "cpu",
     memory_budget: int | None = None, hand_out: Callable[[object], None] = lambda order: None,
 ) -> Stage:  # fmt: skip
-    """FP16 checkpoint -> 4-bit checkpoint that vLLM loads. `hand_out` tells other processes to help."""
+    """FP16 checkpoint -> 4-bit checkpoint that vLLM loads, by the native engine or another one.
+
+    The native engine goes on where an interrupted run stopped; any other begins again. `hand_out` tells other processes
+    to help.
+
+    Raises:
+        QuantkitError: everything that the settings ask for and the engine does not do.
+    """
+    raise_all(engine_problems(settings, memory_budget=memory_budget))
+    native = settings.engine == "native"
 
     def make(work: Work, report: Report) -> None:
         from quantkit import checkpoint as checkpoints
-        from quantkit.quantize import estimate, stream
-        from quantkit.quantize.layer import Settings
 
         source = checkpoints.open_checkpoint(checkpoint, quantized=False)
-        plan = Settings.of(**settings.model_dump())
-        for limit in stream.check_settings(source, plan):
+        for limit in _limits(source, settings):
             report(limit, 0, LINE)
-        hardware.keep_freed_memory()
-        compute = hardware.compute_dtype(device)
-        needed = estimate.need(
-            source.arch, plan, samples=calibration.samples * (1 + plan.continuations), length=calibration.length,
-            compute_bytes=compute.itemsize, speed=estimate.speed(device, compute),
-        )  # fmt: skip
-        report(f"needs about {needed}", 0, LINE)
-        estimate.check_room(needed, work.out, memory_budget=memory_budget)
-        windows = _calibration_windows(
-            calibration, checkpoint, plan.continuations, seed=seed, folder=work.partial, report=report
-        )
-        checkpoints.check_finite(source, lambda done, total: report("checking the weights, tensor", done, total))
-        layers = work.partial / "layers"
-        hand_out(stream.Order(source.path, windows, plan, layers, seed))
-        notes = stream.quantize_layers(source, windows, plan, folder=layers, device=device, report=report)
-        tuned = stream.tune_scales(source, windows, plan, folder=layers, seed=seed, device=device, report=report)
-        special = stream.storages(source.arch, stream.settled(plan, layers)).special
-        report("writing", 0, 0)
-        hardware.give_back_freed_memory()  # a shard is put together in memory, and would come on top
-        stream.write_checkpoint(source, plan, folder=layers, out=work.out)
+
+        def windows(continuations: int = 0) -> "TokenSet":
+            return _calibration_windows(
+                calibration, checkpoint, continuations, seed=seed, folder=work.partial, report=report
+            )
+
+        if native:
+            found = _natively(
+                source, calibration, windows, settings, seed=seed, device=device, memory_budget=memory_budget,
+                hand_out=hand_out, work=work, report=report,
+            )  # fmt: skip
+        else:
+            found = _by_contract(source, windows(), settings, seed=seed, device=device, work=work, report=report)
         checkpoints.open_checkpoint(work.out, quantized=True)
         work.results |= {
-            "calibration_tokens": windows.input_ids_ST.numel(),
-            "continuations": plan.continuations,
-            "adds_bos": windows.adds_bos,
             "weights_bytes": sum(file.stat().st_size for file in work.out.glob("*.safetensors")),
             "source_weights_bytes": sum(file.stat().st_size for file in set(source.shards.values())),
             "device": device,
-            "estimated": needed._asdict(),
-            "method": plan.method,
-            "drift_correction": plan.drift_correction,
-            "output_curvature": plan.output_curvature,
-            "shrinkage": plan.shrinkage,
-            "tuning_kl_nats": [round(kl, 6) for kl in tuned],
-            "allocation": stream.allocation(layers),
-            "special": {name: storage and storage._asdict() for name, storage in special.items()},  # null: 16 bits
-            "linears": [note._asdict() for note in notes],
-        }
+        } | found
 
     shape = {"quantize": settings.model_dump(), "calibration": _windows(calibration), "seed": seed}
+    if not native:
+        shape["pins"] = registry.digest(settings.engine)
     return Stage("quantize", "quantized", {"checkpoint": checkpoint}, shape, make)
+
+
+def engine_problems(settings: Quantize, *, memory_budget: int | None = None) -> list[str]:
+    """Everything that the settings ask of their engine and that it does not do, with what to choose instead."""
+    asked = settings.model_dump()
+    if settings.engine != "native":
+        besides = {name: asked[name] for name in settings.model_fields_set - _FOR_ALL}
+        besides |= {} if memory_budget is None else {"memory_budget": memory_budget}
+        besides |= {} if int(os.environ.get("WORLD_SIZE", "1")) < 2 else {"torchrun": True}
+        return registry.problems(settings.engine, asked, besides)
+    problems = []
+    if settings.engine_options:
+        problems.append(
+            f"engine native takes no engine_options ({', '.join(settings.engine_options)}): its settings have names of "
+            "their own, see docs/quantize.md"
+        )
+    if settings.method is not None and settings.method not in _NATIVE_METHODS:
+        others = [name for name, engine in registry.ENGINES.items() if settings.method in engine.methods]
+        problems.append(
+            f"engine native has no method {settings.method}: choose {', '.join(_NATIVE_METHODS)}, or the engine "
+            f"{' or '.join(others)}"
+        )
+    return problems
+
+
+def _limits(source: "Checkpoint", settings: Quantize) -> list[str]:
+    """Refuse what vLLM would not load; returns what only some devices load."""
+    if settings.engine != "native":
+        return registry.check(source.arch, _stored(settings))
+    from quantkit.quantize import stream
+
+    return stream.check_settings(source, _plan(settings))
+
+
+def _plan(settings: Quantize) -> "Settings":
+    """The native engine's settings."""
+    from quantkit.quantize.layer import Settings
+
+    native = settings.model_dump(exclude={"engine", "engine_options", "format"})
+    return Settings.of(**native, format=settings.format or "compressed-tensors")
+
+
+def _stored(settings: Quantize) -> Storage:
+    """How another engine stores linears."""
+    assert settings.bits != "auto"  # engine_problems
+    return registry.storage(
+        settings.engine, method=settings.method, bits=settings.bits, group_size=settings.group_size,
+        symmetric=settings.symmetric,
+    )  # fmt: skip
+
+
+def _natively(
+    source: "Checkpoint", calibration: TextWindows, read: "Callable[[int], TokenSet]", settings: Quantize, *, seed: int,
+    device: str, memory_budget: int | None, hand_out: Callable[[object], None], work: Work, report: Report,
+) -> dict[str, Any]:  # fmt: skip
+    """The native engine: layer by layer, going on where it was interrupted.
+
+    read: gives the calibration windows, and so many that the model writes for each.
+    """
+    from quantkit import checkpoint as checkpoints
+    from quantkit.quantize import estimate, stream
+
+    begin_s, plan = time.monotonic(), _plan(settings)
+    hardware.keep_freed_memory()
+    compute = hardware.compute_dtype(device)
+    needed = estimate.need(
+        source.arch, plan, samples=calibration.samples * (1 + plan.continuations), length=calibration.length,
+        compute_bytes=compute.itemsize, speed=estimate.speed(device, compute),
+    )  # fmt: skip
+    report(f"needs about {needed}", 0, LINE)
+    estimate.check_room(needed, work.out, memory_budget=memory_budget)
+    windows = read(plan.continuations)
+    checkpoints.check_finite(source, lambda done, total: report("checking the weights, tensor", done, total))
+    layers = work.partial / "layers"
+    hand_out(stream.Order(source.path, windows, plan, layers, seed))
+    notes = stream.quantize_layers(source, windows, plan, folder=layers, device=device, report=report)
+    tuned = stream.tune_scales(source, windows, plan, folder=layers, seed=seed, device=device, report=report)
+    special = stream.storages(source.arch, stream.settled(plan, layers)).special
+    report("writing", 0, 0)
+    hardware.give_back_freed_memory()  # a shard is put together in memory, and would come on top
+    stream.write_checkpoint(source, plan, folder=layers, out=work.out)
+    cost = work.cost()
+    return {
+        "engine": {
+            "name": "native", "version": __version__, "method": plan.method,
+            "wall_s": round(time.monotonic() - begin_s, 3), "peak_memory_bytes": cost["peak_memory_bytes"],
+        },
+        **_counted(windows),
+        "continuations": plan.continuations,
+        "estimated": needed._asdict(),
+        "method": plan.method,
+        "drift_correction": plan.drift_correction,
+        "output_curvature": plan.output_curvature,
+        "shrinkage": plan.shrinkage,
+        "tuning_kl_nats": [round(kl, 6) for kl in tuned],
+        "allocation": stream.allocation(layers),
+        "special": {name: storage and storage._asdict() for name, storage in special.items()},  # null: 16 bits
+        "linears": [note._asdict() for note in notes],
+    }  # fmt: skip
+
+
+def _by_contract(
+    source: "Checkpoint", windows: "TokenSet", settings: Quantize, *, seed: int, device: str, work: Work, report: Report
+) -> dict[str, Any]:
+    """Another engine: a process of its own, whose result is checked before it counts."""
+    from quantkit import checkpoint as checkpoints
+    from quantkit.engines import run
+
+    checkpoints.check_finite(source, lambda done, total: report("checking the weights, tensor", done, total))
+    ran = run.quantize(
+        settings.engine, source, windows.input_ids_ST, method=settings.method, stored=_stored(settings),
+        options=settings.engine_options, seed=seed, device=device, out=work.out, folder=work.partial, report=report,
+    )  # fmt: skip
+    return {
+        "engine": ran,
+        "method": ran["method"],
+        **_counted(windows),
+        "linears": [],
+    }  # single linears: it says nothing
+
+
+def _counted(windows: "TokenSet") -> dict[str, Any]:
+    return {"calibration_tokens": windows.input_ids_ST.numel(), "adds_bos": windows.adds_bos}
 
 
 def evaluate(

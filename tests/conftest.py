@@ -117,6 +117,13 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Quick tests first, those that start vLLM after them, the quickstart last: what fails, fails early."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Quick tests first, those that start vLLM after them, the quickstart last: what fails, fails early.
+
+    Slow ones, which fetch an engine's packages, run where they are asked for: `-m slow`.
+    """
+    if "slow" not in config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="fetches gigabytes: ask for it by -m slow"))
     items.sort(key=lambda item: 2 * ("quickstart" in item.keywords) + ("vllm" in item.keywords))

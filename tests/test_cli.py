@@ -17,8 +17,10 @@ from quantkit.cli import main
 # What scripts of users call. To change a line here is to break them.
 FROZEN = {
     "run": "recipe --dry-run --fresh --out --set",
-    "quantize": "checkpoint --average-bits --bits --calibration --continuations --device --effort --format --fresh "
-    "--group-size --ignore --length --memory-budget --method --out --override --samples --seed --symmetric",
+    "quantize": "checkpoint --average-bits --bits --calibration --continuations --device --effort --engine "
+    "--engine-option --format --fresh --group-size --ignore --length --memory-budget --method --out --override "
+    "--samples --seed --symmetric",
+    "engines install": "name",
     "eval": "candidate --device --fresh --length --max-perplexity-drift --out --reference --samples --seed --text",
     "train-draft": "target --answer-tokens --batch-size --epochs --fresh --held-out-prompts --init --keep-layers "
     "--learning-rate --out --prompts --seed --speculative-tokens",

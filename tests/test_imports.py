@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "quantkit"
 ROOMS = [
     {"errors", "__init__"},
     {"provenance", "progress", "formats", "hardware", "losses"},
-    {"quantization_config", "vllm_support"},
+    {"quantization_config", "vllm_support", "processes"},
     {"artifacts", "architecture"},
     {"recipe", "checkpoint", "decoder", "text", "gguf", "vllm_environment", "vllm_plugin", "vllm_kernel"},
     {"tokens", "offline", "offline_worker"},

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 
 import httpx
 
-from quantkit import vllm_environment
+from quantkit import processes, vllm_environment
 from quantkit.errors import QuantkitError
 from quantkit.serve import bundle as bundles
 from quantkit.serve import processor
@@ -119,7 +119,7 @@ def foreground(
                 on_ready(server)
             while _group_leader_lives(server.pid):
                 time.sleep(0.5)
-            raise QuantkitError(f"vLLM ended by itself: {vllm_environment.telling_line(log)} (whole log: {log})")
+            raise QuantkitError(f"vLLM ended by itself: {processes.telling_line(log)} (whole log: {log})")
     except KeyboardInterrupt:
         return
 
@@ -157,7 +157,7 @@ def _wait_until_healthy(
         while True:
             waited_s = time.monotonic() - begin_s
             if process.poll() is not None:
-                line = vllm_environment.telling_line(server.log)
+                line = processes.telling_line(server.log)
                 if retry and "ddress already in use" in line:
                     return False
                 raise QuantkitError(f"vLLM did not start (exit {process.returncode}): {line} (whole log: {server.log})")
@@ -243,5 +243,5 @@ def _port_is_free(port: int) -> bool:
 
 
 def _last_line(log: Path) -> str:
-    lines = vllm_environment.log_tail(log, 1 << 13)
-    return vllm_environment.bare(lines[-1]) if lines else ""
+    lines = processes.log_tail(log, 1 << 13)
+    return processes.bare(lines[-1]) if lines else ""

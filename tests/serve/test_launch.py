@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit import vllm_environment
+from quantkit import processes, vllm_environment
 from quantkit.errors import QuantkitError
 from quantkit.serve import launch
 
@@ -129,11 +129,11 @@ def test_a_taken_port_is_named(fake: Path, tmp_path: Path) -> None:
 def test_root_cause_not_wrapper(tmp_path: Path) -> None:
     log = tmp_path / "log"
     log.write_text(CRASH)
-    assert vllm_environment.telling_line(log) == "ValueError: No available memory for the cache blocks."
+    assert processes.telling_line(log) == "ValueError: No available memory for the cache blocks."
     log.write_text("usage: vllm\nvllm: error: unrecognized arguments: --nonsense\n")
-    assert vllm_environment.telling_line(log) == "vllm: error: unrecognized arguments: --nonsense"
+    assert processes.telling_line(log) == "vllm: error: unrecognized arguments: --nonsense"
     log.write_text("")
-    assert vllm_environment.telling_line(log) == "it printed nothing"
+    assert processes.telling_line(log) == "it printed nothing"
 
 
 def test_environment_is_an_allow_list(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

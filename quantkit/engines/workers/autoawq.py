@@ -2,43 +2,39 @@
 
 import json
 import os
-import resource
-import shutil
+import signal
+import stat
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-              "chat_template*", "generation_config.json")  # fmt: skip
-
 
 def main(folder: Path) -> None:
     """Run the job in `folder`; result.json appears only when the checkpoint is whole."""
-    started = time.monotonic()
+    threading.Thread(target=end_with_host, daemon=True).start()
     job = json.loads((folder / "job.json").read_bytes())
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
     import awq  # noqa: F401 (imported here to be counted as an import)
 
-    import_cpu_s = cpu_seconds()
+    import_cpu_s = time.process_time()
     notes = quantize(job)
-    cpu_s = cpu_seconds()
     result = {
         "engine": "autoawq", "version": version("autoawq"), "method": job["method"], "format": "awq",
-        "cpu_s": cpu_s, "import_cpu_s": import_cpu_s, "quantize_cpu_s": cpu_s - import_cpu_s,
-        "wall_s": time.monotonic() - started,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "notes": notes,
+        "import_cpu_s": import_cpu_s, "notes": notes,
     }  # fmt: skip
     temporary = folder / ".result.json.tmp"
     temporary.write_text(json.dumps(result, indent=2))
     temporary.replace(folder / "result.json")
 
 
-def cpu_seconds() -> float:
-    """User and system seconds of this process and of the children it has waited for, since it started."""
-    both = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+def end_with_host() -> None:
+    """Standard input is a pipe that ends with whoever waits for the result: without them nothing is left to do."""
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        os.read(0, 1)
+        os.killpg(0, signal.SIGKILL)
 
 
 def older_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -108,9 +104,6 @@ def quantize(job: dict[str, Any]) -> list[str]:
         del tensors["lm_head.weight"]
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, out / file.name)
     # The head is always left as it is, though the engine does not name it.
     stored = engine.quant_config.to_transformers_dict() | {"modules_to_not_convert": ["lm_head"]}
     (out / "config.json").write_text(json.dumps(config | {"quantization_config": stored}, indent=2))

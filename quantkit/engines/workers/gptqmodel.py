@@ -1,22 +1,20 @@
-"""GPTQModel's GPTQ and GPTAQ as one process: `python -I gptqmodel.py JOB_DIR`, job.json in, result.json out."""
+"""GPTQModel's GPTQ, GPTAQ and AWQ as one process: `python -I gptqmodel.py JOB_DIR`, job.json in, result.json out."""
 
 import json
 import os
-import resource
-import shutil
+import signal
+import stat
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-              "chat_template*", "generation_config.json")  # fmt: skip
-
 
 def main(folder: Path) -> None:
     """Run the job in `folder`; result.json appears only when the checkpoint is whole."""
-    started = time.monotonic()
+    threading.Thread(target=end_with_host, daemon=True).start()
     job = json.loads((folder / "job.json").read_bytes())
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
     # Its pool of threads has half as many workers as the machine has cores, and fails where two of them, which loading
@@ -25,32 +23,31 @@ def main(folder: Path) -> None:
     os.environ["GPTQMODEL_CPU_WORKERS"] = str(workers)
     import gptqmodel  # noqa: F401 (imported here to be counted as an import)
 
-    import_cpu_s = cpu_seconds()
+    import_cpu_s = time.process_time()
     notes = [f"GPTQMODEL_CPU_WORKERS={workers}, because it fails with one worker, its default on two cores"]
     notes += quantize(job)
-    cpu_s = cpu_seconds()
     result = {
-        "engine": "gptqmodel", "version": version("gptqmodel"), "method": job["method"], "format": "gptq",
-        "cpu_s": cpu_s, "import_cpu_s": import_cpu_s, "quantize_cpu_s": cpu_s - import_cpu_s,
-        "wall_s": time.monotonic() - started,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "notes": notes,
+        "engine": "gptqmodel", "version": version("gptqmodel"), "method": job["method"],
+        "format": "awq" if job["method"] == "awq" else "gptq",
+        "import_cpu_s": import_cpu_s, "notes": notes,
     }  # fmt: skip
     temporary = folder / ".result.json.tmp"
     temporary.write_text(json.dumps(result, indent=2))
     temporary.replace(folder / "result.json")
 
 
-def cpu_seconds() -> float:
-    """User and system seconds of this process and of the children it has waited for, since it started."""
-    both = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+def end_with_host() -> None:
+    """Standard input is a pipe that ends with whoever waits for the result: without them nothing is left to do."""
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        os.read(0, 1)
+        os.killpg(0, signal.SIGKILL)
 
 
 def quantize(job: dict[str, Any]) -> list[str]:
     """Write the quantized checkpoint; returns what was patched besides the number of workers."""
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
-    from gptqmodel.quantization import GPTAQConfig
+    from gptqmodel.quantization import FORMAT, METHOD, GPTAQConfig
     from safetensors.torch import load_file
     from transformers import set_seed
 
@@ -58,11 +55,15 @@ def quantize(job: dict[str, Any]) -> list[str]:
     torch.set_num_threads(job["threads"])
     set_seed(job["seed"])
     scheme, source, out = job["scheme"], Path(job["checkpoint"]), Path(job["out"])
-    gptaq = {"gptq": None, "gptaq": GPTAQConfig()}[job["method"]]
     # Its other ways to pack are compiled at their first use, with a compiler that may not be there.
+    own = {
+        "gptq": {"pack_impl": "original"},
+        "gptaq": {"pack_impl": "original", "gptaq": GPTAQConfig()},
+        "awq": {"method": METHOD.AWQ, "format": FORMAT.GEMM},
+    }[job["method"]]
     config = QuantizeConfig(
-        bits=scheme["bits"], group_size=scheme["group_size"], sym=scheme["symmetric"], desc_act=False, gptaq=gptaq,
-        device=job["device"], offload_to_disk=False, pack_impl="original", **job["options"],
+        bits=scheme["bits"], group_size=scheme["group_size"], sym=scheme["symmetric"], desc_act=False,
+        device=job["device"], offload_to_disk=False, **own, **job["options"],
     )  # fmt: skip
     # On a CPU the engine would load bfloat16, which cuts the FP16 weights and which most processors multiply many times
     # more slowly than float32.
@@ -72,13 +73,10 @@ def quantize(job: dict[str, Any]) -> list[str]:
     # as they are, in their order: the engine would sort them, and leave out those of ten tokens or fewer
     engine.quantize(batches, batch_size=1, calibration_sort=None, calibration_data_min_length=0)
 
-    if restore_zero_points(engine.model, scheme["bits"]):
+    if job["method"] != "awq" and restore_zero_points(engine.model, scheme["bits"]):
         notes.append("zero points that it spoils beside a zero point 0 are stored as they were")
     engine.model.to(torch.float16)
     engine.save(str(out))
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, out / file.name)
     return notes
 
 

@@ -1,44 +1,40 @@
-"""AutoRound as one process: `python -I auto_round.py JOB_DIR`, job.json in, result.json out."""
+"""AutoRound as one process: `python -I autoround.py JOB_DIR`, job.json in, result.json out."""
 
 import json
 import os
-import resource
-import shutil
+import signal
+import stat
 import sys
+import threading
 import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-COMPANIONS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
-              "chat_template*", "generation_config.json")  # fmt: skip
-
 
 def main(folder: Path) -> None:
     """Run the job in `folder`; result.json appears only when the checkpoint is whole."""
-    started = time.monotonic()
+    threading.Thread(target=end_with_host, daemon=True).start()
     job = json.loads((folder / "job.json").read_bytes())
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(job["threads"]), "TOKENIZERS_PARALLELISM": "false"}
     import auto_round  # noqa: F401 (imported here to be counted as an import)
 
-    import_cpu_s = cpu_seconds()
+    import_cpu_s = time.process_time()
     quantize(job)
-    cpu_s = cpu_seconds()
     result = {
-        "engine": "auto-round", "version": version("auto-round"), "method": job["method"], "format": packing(job),
-        "cpu_s": cpu_s, "import_cpu_s": import_cpu_s, "quantize_cpu_s": cpu_s - import_cpu_s,
-        "wall_s": time.monotonic() - started,
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, "notes": [],
+        "engine": "autoround", "version": version("auto-round"), "method": job["method"], "format": packing(job),
+        "import_cpu_s": import_cpu_s, "notes": [],
     }  # fmt: skip
     temporary = folder / ".result.json.tmp"
     temporary.write_text(json.dumps(result, indent=2))
     temporary.replace(folder / "result.json")
 
 
-def cpu_seconds() -> float:
-    """User and system seconds of this process and of the children it has waited for, since it started."""
-    both = resource.getrusage(resource.RUSAGE_SELF), resource.getrusage(resource.RUSAGE_CHILDREN)
-    return sum(usage.ru_utime + usage.ru_stime for usage in both)
+def end_with_host() -> None:
+    """Standard input is a pipe that ends with whoever waits for the result: without them nothing is left to do."""
+    if stat.S_ISFIFO(os.fstat(0).st_mode):
+        os.read(0, 1)
+        os.killpg(0, signal.SIGKILL)
 
 
 def packing(job: dict[str, Any]) -> str:
@@ -54,7 +50,7 @@ def quantize(job: dict[str, Any]) -> None:
     from safetensors.torch import load_file, save_file
     from transformers import AutoTokenizer
 
-    assert job["method"] == "auto-round", job["method"]
+    assert job["method"] == "autoround", job["method"]
     torch.set_num_threads(job["threads"])
     scheme, source, out = job["scheme"], Path(job["checkpoint"]), Path(job["out"])
     windows = load_file(job["tokens"])["input_ids"]
@@ -79,9 +75,6 @@ def quantize(job: dict[str, Any]) -> None:
         tensors = load_file(shard)
         halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
         save_file(halves, shard, metadata={"format": "pt"})
-    for pattern in COMPANIONS:
-        for file in source.glob(pattern):
-            shutil.copyfile(file, out / file.name)
 
 
 if __name__ == "__main__":

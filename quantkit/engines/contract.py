@@ -1,0 +1,121 @@
+"""The contract with an engine's process: job.json in, a checkpoint and result.json out, and nothing else believed.
+
+The worker is started as `PYTHON -I -u WORKER FOLDER`. It writes the checkpoint to the job's `out`, then result.json,
+last and by rename. Its standard input is a pipe that ends when quantkit does: the worker then ends its process group.
+"""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quantkit import artifacts, processes
+from quantkit.errors import QuantkitError
+from quantkit.processes import Spent
+from quantkit.progress import Report, spoken
+
+LOG_NAME = "worker.log"
+_TAIL = 8  # lines of the log in an error
+# What an engine may see of its surroundings: where to find things and which devices to use. No tokens, no PYTHONPATH.
+_PASSED_ON = (
+    "PATH", "HOME", "USER", "LANG", "LC_ALL", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "XDG_CACHE_HOME", "CUDA_HOME",
+    "CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES",
+)  # fmt: skip
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Scheme(_Message):
+    """The grid that is asked for."""
+
+    bits: int
+    group_size: int  # -1: per channel
+    symmetric: bool
+
+
+class Job(_Message):
+    """What the worker reads: job.json."""
+
+    checkpoint: str  # FP16, a directory
+    tokens: str  # a safetensors file with input_ids, int64 [samples, length]
+    method: str
+    scheme: Scheme
+    options: dict[str, bool | int | float | str] = {}  # the engine's own
+    seed: int
+    device: str
+    threads: int
+    out: str  # the directory to write
+
+
+class Result(_Message):
+    """What the worker writes when the checkpoint is whole: result.json."""
+
+    engine: str
+    version: str
+    method: str
+    format: Literal["awq", "gptq", "compressed-tensors"]
+    import_cpu_s: float = Field(ge=0)
+    notes: list[str]  # what was patched, and what the engine did other than asked
+
+
+class Finished(NamedTuple):
+    """A job that ended with a valid result, and what it took by our own measure."""
+
+    result: Result
+    spent: Spent
+
+
+def run(name: str, job: Job, folder: Path, *, python: Path, worker: Path, report: Report) -> Finished:
+    """Put a job through an engine's worker, from the start: no engine can go on where it was interrupted.
+
+    `folder` gets job.json, worker.log and result.json, and is emptied before.
+
+    Raises:
+        QuantkitError: the worker failed or left no valid result; with the end of its log.
+    """
+    if folder.exists():
+        shutil.rmtree(folder)  # no result of an earlier try may pass for this one's
+    folder.mkdir(parents=True)
+    artifacts.write_text(folder / "job.json", job.model_dump_json(indent=2) + "\n")
+    log = folder / LOG_NAME
+    spent = processes.run_logged(
+        [python, "-I", "-u", worker, folder], env=_environment(job.threads), folder=folder, log=log,
+        on_tick=lambda seconds, line: report(f"{name}, {spoken(seconds)}: {processes.bare(line)[:80]}", 0, 0),
+    )  # fmt: skip
+    if spent.exit_code:
+        raise QuantkitError(_failure(name, log, f"ended with exit code {spent.exit_code}"))
+    try:
+        result = Result.model_validate_json((folder / "result.json").read_bytes())
+    except FileNotFoundError:
+        raise QuantkitError(_failure(name, log, "ended without a result.json")) from None
+    except ValidationError as error:
+        where = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'it'}: {each['msg']}" for each in error.errors())
+        raise QuantkitError(_failure(name, log, f"left a result.json that is none ({where})")) from error
+    if result.method != job.method:
+        raise QuantkitError(_failure(name, log, f"ran method {result.method} where {job.method} was asked for"))
+    return Finished(result, spent)
+
+
+def threads() -> int:
+    """How many threads an engine gets: OMP_NUM_THREADS, else one a core that this process may use."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) else len(os.sched_getaffinity(0))
+
+
+def _environment(num_threads: int) -> dict[str, str]:
+    return processes.passed_on(_PASSED_ON) | {
+        "OMP_NUM_THREADS": str(num_threads),
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "DO_NOT_TRACK": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
+def _failure(name: str, log: Path, what: str) -> str:
+    lines = [f"    {line[:200]}" for line in processes.log_tail(log, 1 << 16)[-_TAIL:]]
+    return "\n".join([f"engine {name} {what} ({processes.telling_line(log)}); the end of {log}:", *lines])

@@ -1,0 +1,42 @@
+"""One real engine in its real environment, made on demand: what it writes is taken, evaluated and served."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from quantkit import artifacts, offline, tokens
+from quantkit.checkpoint import open_checkpoint
+from quantkit.cli import main
+from quantkit.draft.train import build_model
+
+pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(3600)]
+
+
+def test_llm_compressor_from_nothing_to_vllm(
+    make_llama, texts: tuple[Path, Path], tmp_path: Path  # type: ignore[no-untyped-def]
+) -> None:  # fmt: skip
+    model = make_llama(tmp_path / "model", initializer_range=0.12, dtype=torch.float16)
+    out = tmp_path / "out"
+    words = [
+        "quantize", model, "--out", out, "--calibration", texts[0], "--samples", 4, "--length", 64, "--group-size", 32,
+        "--engine", "llmcompressor", "--method", "gptq",
+    ]  # fmt: skip
+    done = CliRunner().invoke(main, [str(word) for word in words])
+    assert done.exit_code == 0, done.stderr
+    manifest = artifacts.read_manifest(out)
+    assert manifest is not None and manifest.results["engine"]["name"] == "llmcompressor"
+    ids = tokens.tokenize([str(texts[1])], tokens.load_tokenizer(model), samples=4, length=64, seed=0).input_ids_ST
+    with offline.Session() as session:
+        job = offline.windows_job(out, ids.tolist(), dtype="float16", kv_cache_bytes=64 << 20)
+        served = torch.tensor([result.prompt_logprobs for result in session.run(job, tmp_path / "vllm")[0]])
+    expected, original = (_logprobs(path, ids) for path in (out, model))
+    assert (served - expected).abs().mean() < 0.01
+    assert (served - original).abs().mean() > 0.02, "the test must be able to tell the two apart"
+
+
+def _logprobs(path: Path, ids: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        logits = build_model(open_checkpoint(path), dtype=torch.float32)(ids).logits[:, :-1]
+    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]  # type: ignore[no-any-return]
