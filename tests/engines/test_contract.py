@@ -43,7 +43,7 @@ def _run(tmp_path: Path, script: str, **changes: object) -> contract.Finished:
 
 
 def test_a_worker_that_does_what_is_asked(tmp_path: Path) -> None:
-    result, spent = _run(tmp_path, ECHO + WRITE)
+    result, spent = _run(tmp_path, ECHO + "import time; time.sleep(1)\n" + WRITE)  # sampled while it sleeps
     assert (result.engine, result.method, result.notes) == ("echo", "awq", ["as asked"])
     assert spent.exit_code == 0 and 0 < spent.cpu_s < spent.wall_s + 1 and spent.peak_memory_bytes > 1 << 20
 
