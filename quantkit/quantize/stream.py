@@ -9,15 +9,15 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from quantkit import artifacts, decoder, formats, hardware, quantization_config, vllm_support
+from quantkit import artifacts, decoder, formats, hardware, quantization_config, shards, vllm_support
 from quantkit.architecture import INPUT_GROUPS, Architecture, layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint, copy_companions, open_checkpoint, save_tensors, write_weights
 from quantkit.errors import QuantkitError, raise_all
@@ -26,6 +26,7 @@ from quantkit.progress import LINE, Report, silent
 from quantkit.quantize import allocate, fisher, ranks, schemes, states, tune
 from quantkit.quantize.layer import Layer, LinearNote, Settings
 from quantkit.quantize.schemes import Override
+from quantkit.shards import Entry
 from quantkit.tokens import TokenSet
 
 _ALLOCATION = "allocation.json"  # what `bits: auto` chose
@@ -256,21 +257,24 @@ def _start(
 
 
 def write_checkpoint(checkpoint: Checkpoint, settings: Settings, *, folder: Path, out: Path) -> None:
-    """Put the stored layers together as a checkpoint that vLLM loads."""
-
+    """Put the stored layers together as a checkpoint that vLLM loads, one tensor in memory at a time."""
     settings = settled(settings, folder)
     tuned = folder / _TUNED
-    outer = load_file(tuned / "outer.safetensors") if settings.tuning_epochs else {}
+    learned = (
+        {entry.name: entry for entry in shards.stored(tuned / "outer.safetensors")} if settings.tuning_epochs else {}
+    )
     folder = tuned if settings.tuning_epochs else folder
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in checkpoint.outer().items():
-            yield name, outer[name] if name in outer else half(tensor, name)
-        for index in range(checkpoint.arch.num_layers):
-            for name, tensor in load_file(layer_file(folder, index)).items():
-                yield layer_prefix(index) + name, tensor
+    def narrow(name: str) -> Tensor:
+        return half(checkpoint.read([name])[name], name)
 
-    write_weights(out, tensors())
+    def entries() -> Iterator[Entry]:
+        for name, shape in checkpoint.outer_shapes().items():
+            yield learned.get(name) or Entry(name, torch.float16, shape, partial(narrow, name))
+        for index in range(checkpoint.arch.num_layers):
+            yield from shards.stored(layer_file(folder, index), prefix=layer_prefix(index))
+
+    write_weights(out, entries())
     config = checkpoint.config | {
         "dtype": "float16",
         "quantization_config": quantization_config.build(
