@@ -249,6 +249,7 @@ class Layer:
                 weight_OI, gram_II, inputs.cross_II, inputs.residual_CI, strength=settings.drift_correction,
                 shrinkage=shrinkage,
             )  # fmt: skip
+            inputs = inputs._replace(cross_II=None, residual_CI=None)  # each as large as the Gram matrix, and done with
         curvature = [
             shrunk(block, usual_shrinkage(len(block), inputs.tokens))
             for name in names
@@ -258,7 +259,7 @@ class Layer:
             scale_I, exponent = self._search(settings, names, _by_row(weight_OI, curvature), inputs)
             self._fold(producer, scale_I)
             weight_OI = weight_OI * scale_I
-            gram_II = gram_II / (scale_I[:, None] * scale_I)
+            gram_II.div_(scale_I[:, None] * scale_I)  # the group's own, and not read unscaled again
         quantized, damping = ranks.by_rows(
             lambda rows_OI, blocks: _choose(settings, rows_OI, gram_II, shrinkage, blocks), weight_OI, curvature
         )
