@@ -60,6 +60,7 @@ class Settings(NamedTuple):
     output_curvature: bool = False  # whether rows make up for each other's errors (`fisher`)
     tuning_epochs: int = 0  # passes of `tune` over the calibration windows
     average_bits: float | None = None  # bits: auto, so many a weight on average; `bits` for those that get fewest
+    bit_choices: tuple[int, ...] | None = None  # what `bits: auto` may give; None: all that the format stores
     ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits (`schemes`)
     overrides: tuple[Override, ...] = ()  # of bits, group size and symmetry, by pattern
 

@@ -56,13 +56,37 @@ def check_settings(checkpoint: Checkpoint, settings: Settings) -> list[str]:
                 storage.format, bits=storage.bits, group_size=storage.group_size, symmetric=storage.symmetric,
                 shapes=shapes,
             )  # fmt: skip
+    choices: tuple[int, ...] = ()
+    if settings.average_bits is not None:
+        try:
+            choices = allocate.choices(settings.format, settings.bit_choices)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            problems += _budget_problems(checkpoint.arch, settings.average_bits, choices, stored)
     raise_all(problems)
-    if settings.average_bits is not None and 8 in allocate.CHOICES[settings.format]:
+    if 8 in choices:
         limits += vllm_support.cuda_only(
             settings.format, bits=8, group_size=settings.group_size, symmetric=True,
             shapes=linear_shapes(checkpoint.arch),
         )  # fmt: skip
     return sorted(set(limits))
+
+
+def _budget_problems(arch: Architecture, average_bits: float, choices: tuple[int, ...], stored: Storages) -> list[str]:
+    """Why what patterns name, and the fewest bits for the rest, are more than the budget."""
+    weights, fewest = 0, 0
+    for index, (linear, (rows, columns)) in itertools.product(range(arch.num_layers), linear_shapes(arch).items()):
+        name = layer_prefix(index) + linear
+        storage = stored.of(name)
+        weights += rows * columns
+        fewest += rows * columns * ((storage.bits if storage else 16) if name in stored.special else min(choices))
+    if weights * average_bits >= fewest:
+        return []
+    return [
+        f"average_bits {average_bits:g} is less than the {fewest / weights:.2f} that what ignore and overrides name "
+        f"leaves at the least: raise it, or name fewer linears"
+    ]
 
 
 def allocation(folder: Path) -> dict[str, Any] | None:
@@ -95,7 +119,7 @@ def _allocate(
     assert settings.average_bits is not None
     if path.exists():
         return
-    choices = allocate.CHOICES[settings.format]
+    choices = allocate.choices(settings.format, settings.bit_choices)
 
     def errors(weight_OI: Tensor) -> dict[int, Tensor]:
         return allocate.rounding_errors(
@@ -113,7 +137,7 @@ def _allocate(
     names, groups = [], []
     for index, group in itertools.product(range(arch.num_layers), INPUT_GROUPS):
         linears = [layer_prefix(index) + linear for linear in group]
-        cost = {bits: sum(costs[index][linear][bits] for linear in group) for bits in choices if bits < 16} | {16: 0.0}
+        cost = {bits: sum(costs[index][linear][bits] for linear in group) if bits < 16 else 0.0 for bits in choices}
         if linears[0] in fixed:
             storage = fixed[linears[0]]
             cost = {storage.bits if storage else 16: 0.0}
