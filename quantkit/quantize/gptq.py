@@ -237,7 +237,9 @@ def _inverse_factor(hessian_II: Tensor, order_I: Tensor, damping: float, dtype: 
         del flipped_II
         if int(info) == 0:
             _invert_lower(lower_II)
-            factor_II = lower_II.to(dtype).flip(0, 1).contiguous()
+            factor_II = lower_II.to(dtype).flip(0, 1)
+            del lower_II  # as flipped as it was: by columns, and copied once more to lie by rows
+            factor_II = factor_II.contiguous()
             if all(map(math.isfinite, torch.stack(torch.aminmax(factor_II)).tolist())):
                 return factor_II, damping
         if damping >= MAX_DAMPING:
