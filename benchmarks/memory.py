@@ -12,7 +12,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import click
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from quantkit.architecture import all_shapes, read_architecture
 from quantkit.checkpoint import copy_companions, write_weights
+from quantkit.shards import Entry
 
 
 @click.command()
@@ -77,14 +78,16 @@ def _write(model: Path, tokenizer: Path, config: dict[str, object]) -> None:
     assert arch is not None, problems
     generator = torch.Generator().manual_seed(0)
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in all_shapes(arch).items():
-            scale = 1.0 if len(shape) == 1 else 0.7 / shape[1] ** 0.5
-            values = torch.randn(shape, generator=generator).mul_(scale)
-            yield name, (values.fill_(1.0) if len(shape) == 1 else values).half()
+    def draw(shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:
+            return torch.ones(shape, dtype=torch.float16)
+        return torch.randn(shape, generator=generator).mul_(0.7 / shape[1] ** 0.5).half()
 
     model.mkdir(parents=True)
-    write_weights(model, tensors())
+    write_weights(
+        model,
+        (Entry(name, torch.float16, shape, partial(draw, shape)) for name, shape in all_shapes(arch).items()),
+    )
     copy_companions(tokenizer, model)
     (model / "config.json").write_text(json.dumps(config))
 

@@ -1,27 +1,26 @@
-"""A checkpoint directory: opened with every problem named at once, read lazily, written shard by shard."""
+"""A checkpoint directory: opened with every problem named at once, read lazily, written tensor by tensor."""
 
 import json
-import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from quantkit import artifacts, formats, quantization_config
+from quantkit import artifacts, formats, quantization_config, shards
 from quantkit.architecture import Architecture, all_shapes, layer_prefix, layer_shapes, linear_shapes, read_architecture
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight, Storage, Storages
+from quantkit.shards import Entry
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-SHARD_BYTES = 1 << 30  # one shard stands in memory while it is written
+SHARD_BYTES = 1 << 30
 _FLOATS = {"F16", "BF16", "F32"}
 # What travels with the weights: tokenizer, chat template, generation defaults. Weights and code do not.
 _COMPANIONS = (
@@ -59,18 +58,25 @@ class Checkpoint:
     def layer(self, index: int, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The dense tensors of a decoder layer by their name inside it; quantized linears are dequantized."""
         prefix = layer_prefix(index)
-        stored = self.read(name for name in self.shards if name.startswith(prefix))
-        inside = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
-        return self._dense(index, inside, dtype)
+        return {name: self.dense(prefix + name, dtype=dtype) for name in self._inside(index)}
 
-    def _dense(self, index: int, stored: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-        dense = {name: stored[name].to(dtype) for name in layer_shapes(self.arch) if name in stored}
-        for linear, shape in linear_shapes(self.arch).items():
-            if f"{linear}.weight" not in dense:
-                storage = self.storages.of(layer_prefix(index) + linear) if self.storages else None
-                assert storage is not None, f"layer {index} has no {linear}.weight"
-                dense[f"{linear}.weight"] = formats.dequantize(unpack_linear(stored, linear, shape, storage)).to(dtype)
-        return dense
+    def dense(self, name: str, *, dtype: torch.dtype) -> Tensor:
+        """One tensor by full name; the weight of a quantized linear is dequantized."""
+        if name in self.shards:
+            # As stored it is mapped, and its pages count as this process's memory: no more than one at a time.
+            return self.read([name])[name].to(dtype)
+        linear = name.removesuffix(".weight")
+        storage = self.storages.of(linear) if self.storages else None
+        assert storage is not None, f"there is no {name}"
+        stored = self.read(each for each in self.shards if each.startswith(f"{linear}."))
+        shape = linear_shapes(self.arch)[linear.split(".", 3)[-1]]
+        return formats.dequantize(unpack_linear(stored, linear, shape, storage)).to(dtype)
+
+    def _inside(self, index: int) -> list[str]:
+        """The names of a decoder layer's dense tensors."""
+        shapes = layer_shapes(self.arch)
+        found = [name for name in shapes if layer_prefix(index) + name in self.shards]
+        return found + [name for linear in linear_shapes(self.arch) if (name := f"{linear}.weight") not in found]
 
     def outer(self, *, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
         """The tensors outside the decoder layers: embeddings, last norm, and the head where it is not tied."""
@@ -78,11 +84,26 @@ class Checkpoint:
         return {name: tensor.to(dtype) for name, tensor in self.read(names).items()}
 
     def dense_tensors(self, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the dequantized checkpoint by full name, one decoder layer in memory at a time."""
-        yield from self.outer(dtype=dtype).items()
+        """Every tensor of the dequantized checkpoint by full name, one in memory at a time."""
+        for entry in self.dense_entries(dtype=dtype):
+            yield entry.name, entry.read()
+
+    def dense_entries(self, *, dtype: torch.dtype) -> Iterator[Entry]:
+        """Every tensor of the dequantized checkpoint, to be read when it is written."""
+        for name, shape in self.outer_shapes().items():
+            yield Entry(name, dtype, shape, partial(self.dense, name, dtype=dtype))
+        shapes = layer_shapes(self.arch)
         for index in range(self.arch.num_layers):
-            for name, tensor in self.layer(index, dtype=dtype).items():
-                yield layer_prefix(index) + name, tensor
+            for inside in self._inside(index):
+                name = layer_prefix(index) + inside
+                yield Entry(name, dtype, shapes[inside], partial(self.dense, name, dtype=dtype))
+
+    def outer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors outside the decoder layers, in the order of `outer`."""
+        names = [name for name in self.shards if not name.startswith("model.layers.")]
+        headers, problems = _read_headers({name: self.shards[name] for name in names})
+        raise_all(problems)
+        return {name: headers[name][1] for name in names}
 
 
 def unpack_linear(
@@ -153,26 +174,28 @@ def check_finite(checkpoint: Checkpoint, on_tensor: Callable[[int, int], None] =
     raise_all(problems)
 
 
-def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write tensors in the order given as safetensors shards with an index (one file and no index when they fit)."""
-    pending: dict[str, Tensor] = {}
+def write_weights(directory: Path, entries: Iterable[Entry], *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write tensors in the order given as safetensors shards with an index (one file and no index when they fit).
+
+    One tensor is in memory at a time: what has to be known of the others is their types and shapes.
+    """
+    pending: list[Entry] = []
     pending_bytes, total_bytes = 0, 0
     written: list[tuple[Path, list[str]]] = []
 
     def flush() -> None:
         temporary = directory / f"model-{len(written) + 1:05d}.safetensors"
-        save_tensors(temporary, pending, metadata={"format": "pt"})
-        written.append((temporary, list(pending)))
+        shards.write_file(temporary, pending, metadata={"format": "pt"})
+        written.append((temporary, [entry.name for entry in pending]))
         pending.clear()
 
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if pending and pending_bytes + size > shard_bytes:
+    for entry in entries:
+        if pending and pending_bytes + entry.num_bytes > shard_bytes:
             flush()
             pending_bytes = 0
-        pending[name] = tensor.contiguous()
-        pending_bytes += size
-        total_bytes += size
+        pending.append(entry)
+        pending_bytes += entry.num_bytes
+        total_bytes += entry.num_bytes
     flush()
     if len(written) == 1:
         written[0][0].replace(directory / SINGLE_NAME)
@@ -188,28 +211,19 @@ def write_weights(directory: Path, tensors: Iterable[tuple[str, Tensor]], *, sha
 def write_dense(checkpoint: Checkpoint, out: Path) -> None:
     """Write an FP16 copy with every linear dequantized: the same function for readers without a kernel for it."""
     out.mkdir(parents=True, exist_ok=True)
-    write_weights(out, checkpoint.dense_tensors(dtype=torch.float16))
+    write_weights(out, checkpoint.dense_entries(dtype=torch.float16))
     copy_companions(checkpoint.path, out)
     config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
     artifacts.write_json(out / "config.json", config)  # last: its presence means that the copy is whole
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all: under a temporary name, then renamed.
+    """Write tensors that are in memory as a safetensors file, whole or not at all.
 
     Raises:
-        OSError: with the system's error number, which safetensors hides in its message (a full disk, say).
+        OSError: the system's own, a full disk for example.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata or {}))
-    except SafetensorError as error:
-        temporary.unlink(missing_ok=True)
-        if (code := re.search(r"os error (\d+)", str(error))) is None:
-            raise
-        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
-    temporary.chmod(0o644)  # safetensors writes for the owner alone; a server runs as another user
-    temporary.replace(path)
+    shards.write_file(path, (shards.held(name, tensor) for name, tensor in tensors.items()), metadata=metadata or {})
 
 
 def copy_companions(source: Path, destination: Path) -> None:

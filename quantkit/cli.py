@@ -104,6 +104,15 @@ def _was_given(name: str) -> bool:
     return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
 
 
+def _numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    words = [word.strip() for word in text.split(",")]
+    if not all(word.isdigit() for word in words):
+        raise click.BadParameter(f"{text!r}: write it as 4,16")
+    return [int(word) for word in words]
+
+
 _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 _fresh = click.option("--fresh", is_flag=True, help="Replace what --out holds instead of resuming or refusing.")
 _device = click.option("--device", default="cpu", show_default=True, help="torch device, for example cuda.")
@@ -182,6 +191,10 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 )  # fmt: skip
 @click.option("--bits", type=click.Choice(["4", "8", "auto"]), default="4", show_default=True)
 @click.option("--average-bits", type=float, help="With --bits auto: as many a weight, 4, 8 or 16 for each linear.")
+@click.option(
+    "--bit-choices", callback=_numbers, metavar="BITS,...", help="With --bits auto: 4,16 for example, where 8 would "
+    "have no kernel.",
+)  # fmt: skip
 @click.option("--group-size", type=int, default=128, show_default=True, help="-1: per channel.")
 @click.option("--symmetric/--asymmetric", default=False, show_default=True)
 @click.option(

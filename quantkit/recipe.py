@@ -83,6 +83,7 @@ class Quantize(Section):
     format: FormatName | None = None  # the engine's: compressed-tensors for the native one
     bits: Literal[4, 8, "auto"] = 4
     average_bits: Annotated[float, Field(ge=4, le=16)] | None = None  # with bits auto
+    bit_choices: tuple[Literal[4, 8, 16], ...] | None = None  # with bits auto; else all that the format stores
     group_size: GroupSize = 128
     symmetric: bool = False
     act_order: bool = True
@@ -94,6 +95,11 @@ class Quantize(Section):
     def _auto(self) -> "Quantize":
         if (self.bits == "auto") != (self.average_bits is not None):
             raise ValueError("bits auto and average_bits go together: bits auto, average_bits 5 for example")
+        if self.bit_choices is not None:
+            if self.bits != "auto":
+                raise ValueError("bit_choices is for bits auto: leave it out, or set bits auto and average_bits")
+            if 4 not in self.bit_choices or len(set(self.bit_choices)) < 2:
+                raise ValueError("bit_choices is 4 and what some linears get instead: 4, 16 for example")
         return self
 
     shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None  # by the calibration tokens an input

@@ -197,7 +197,7 @@ def _natively(
     tuned = stream.tune_scales(source, windows, plan, folder=layers, seed=seed, device=device, report=report)
     special = stream.storages(source.arch, stream.settled(plan, layers)).special
     report("writing", 0, 0)
-    hardware.give_back_freed_memory()  # a shard is put together in memory, and would come on top
+    hardware.give_back_freed_memory()  # embedding and head are read whole, and would come on top
     stream.write_checkpoint(source, plan, folder=layers, out=work.out)
     cost = work.cost()
     return {

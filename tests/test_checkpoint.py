@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from itertools import starmap
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from quantkit.checkpoint import INDEX_NAME, SINGLE_NAME, check_finite, open_checkpoint, write_weights
 from quantkit.errors import QuantkitError
+from quantkit.shards import held
 
 Damage = Callable[[Path], None]
 
@@ -22,7 +24,7 @@ def sharded(tiny_llama: Path, tmp_path: Path) -> Path:
     shutil.copytree(tiny_llama, copy)
     tensors = load_file(copy / SINGLE_NAME)
     (copy / SINGLE_NAME).unlink()
-    write_weights(copy, tensors.items(), shard_bytes=100_000)
+    write_weights(copy, starmap(held, tensors.items()), shard_bytes=100_000)
     assert len(list(copy.glob("*.safetensors"))) > 2
     return copy
 

@@ -17,9 +17,9 @@ from quantkit.cli import main
 # What scripts of users call. To change a line here is to break them.
 FROZEN = {
     "run": "recipe --dry-run --fresh --out --set",
-    "quantize": "checkpoint --average-bits --bits --calibration --continuations --device --effort --engine "
-    "--engine-option --format --fresh --group-size --ignore --length --memory-budget --method --out --override "
-    "--samples --seed --symmetric",
+    "quantize": "checkpoint --average-bits --bit-choices --bits --calibration --continuations --device --effort "
+    "--engine --engine-option --format --fresh --group-size --ignore --length --memory-budget --method --out "
+    "--override --samples --seed --symmetric",
     "engines install": "name",
     "eval": "candidate --device --fresh --length --max-perplexity-drift --out --reference --samples --seed --text",
     "train-draft": "target --answer-tokens --batch-size --epochs --fresh --held-out-prompts --init --keep-layers "
@@ -80,6 +80,21 @@ def test_a_group_that_does_not_divide_is_refused_before_anything_is_written(
     code, said = _quantize(tiny_llama, tmp_path / "out", texts[0], "--group-size", 48)
     assert code == 2 and "48" in said and "Traceback" not in said
     assert not (tmp_path / "out" / "quantkit.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--bits", "auto", "--average-bits", 5, "--bit-choices", "4;16"), "write it as 4,16"),
+        (("--bit-choices", "4,16"), "bit_choices is for bits auto"),
+        (("--bits", "auto", "--average-bits", 5, "--bit-choices", "4,8", "--format", "awq"), "awq stores no linear in"),
+    ],
+)
+def test_bit_choices_that_cannot_be_are_refused(
+    options: tuple[object, ...], reason: str, tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    code, said = _quantize(tiny_llama, tmp_path / "out", texts[0], *options)
+    assert code == 2 and reason in said and "Traceback" not in said
 
 
 def test_too_little_text_is_one_line(tiny_llama: Path, tmp_path: Path) -> None:

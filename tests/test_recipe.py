@@ -46,6 +46,24 @@ def test_every_problem_is_named_at_once(tmp_path: Path) -> None:
         _load(tmp_path, wrong)
 
 
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("{average_bits: 5}", "bits auto and average_bits go together"),
+        ("{bits: auto}", "bits auto and average_bits go together"),
+        ("{bit_choices: [4, 16]}", "bit_choices is for bits auto"),
+        ("{bits: auto, average_bits: 5, bit_choices: [8, 16]}", "bit_choices is 4 and what"),
+        ("{bits: auto, average_bits: 5, bit_choices: [4]}", "bit_choices is 4 and what"),
+        ("{bits: auto, average_bits: 5, bit_choices: [4, 5]}", "bit_choices.1"),
+    ],
+)
+def test_bits_auto_has_a_budget_and_a_choice(given: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(QuantkitError, match=reason):
+        _load(tmp_path, MINIMAL, f"quantize={given}")
+    chosen = _load(tmp_path, MINIMAL, "quantize={bits: auto, average_bits: 5, bit_choices: [4, 16]}").quantize
+    assert chosen.bit_choices == (4, 16)
+
+
 @pytest.mark.parametrize("draft", [{}, {"keep_layers": 2, "init": "small"}])
 def test_a_draft_has_exactly_one_origin(tmp_path: Path, draft: dict[str, Any]) -> None:
     with pytest.raises(QuantkitError, match="exactly one of init"):

@@ -9,6 +9,7 @@ from quantkit import artifacts, tokens
 from quantkit.architecture import layer_prefix
 from quantkit.checkpoint import Checkpoint, copy_companions, write_weights
 from quantkit.errors import QuantkitError, raise_all
+from quantkit.shards import held
 
 Tensors = dict[str, torch.Tensor]
 
@@ -80,6 +81,6 @@ def write_draft(out: Path, config: dict[str, Any], weights: Tensors, companions:
     layers = config["num_hidden_layers"]
     names = [name for name in weights if not name.startswith("model.layers.")]
     names += [name for layer in range(layers) for name in weights if name.startswith(layer_prefix(layer))]
-    write_weights(out, ((name, weights[name].to(torch.float16)) for name in names))
+    write_weights(out, (held(name, weights[name].to(torch.float16)) for name in names))
     artifacts.write_json(out / "config.json", config | {"dtype": "float16", "torch_dtype": "float16"})
     copy_companions(companions, out)

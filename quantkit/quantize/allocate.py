@@ -27,6 +27,24 @@ class Group(NamedTuple):
     cost: Mapping[int, float]
 
 
+def choices(format: str, given: Sequence[int] | None) -> tuple[int, ...]:
+    """Bits that a linear may get, ascending: those given, or all that the format stores.
+
+    Raises ValueError for bits that the format does not store, with what to choose instead.
+    """
+    stored = CHOICES[format]
+    if given is None:
+        return stored
+    if missing := sorted(set(given) - set(stored)):
+        others = [name for name, bits in CHOICES.items() if set(given) <= set(bits)]
+        remedy = f", or the format {' or '.join(others)}" if others else ""
+        raise ValueError(
+            f"bit_choices: {format} stores no linear in {' or '.join(map(str, missing))} bits beside 4: choose of "
+            f"{', '.join(map(str, stored))}{remedy}"
+        )
+    return tuple(sorted(set(given)))
+
+
 def rounding_errors(
     weight_OI: Tensor, choices: Sequence[int], *, group_size: int, symmetric: bool
 ) -> dict[int, Tensor]:

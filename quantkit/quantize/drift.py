@@ -43,9 +43,13 @@ def target_weight(
     wanted_OI = weight_OI @ shrunk(cross_II, shrinkage)
     if residual_OI is not None:
         wanted_OI = wanted_OI + (1 - shrinkage) * residual_OI
-    damped_II = shrunk(gram_II, shrinkage).clone()
+    damped_II = shrunk(gram_II, shrinkage) if shrinkage else gram_II.clone()
     damped_II.diagonal().add_(damping * gram_II.diagonal().mean())
     lower_II, info = torch.linalg.cholesky_ex(damped_II)
+    del damped_II
     if int(info):
         raise ValueError("the Gram matrix is not positive definite: calibrate on more, or more varied, tokens")
-    return weight_OI + strength * torch.cholesky_solve(wanted_OI.T, lower_II).T
+    # What cholesky_solve does, without the copy of the factor that it makes.
+    halfway_IO = torch.linalg.solve_triangular(lower_II, wanted_OI.T, upper=False)
+    moved_IO: Tensor = torch.linalg.solve_triangular(lower_II.T, halfway_IO, upper=True)
+    return weight_OI + strength * moved_IO.T

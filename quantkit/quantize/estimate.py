@@ -62,13 +62,11 @@ def need(
     shapes = linear_shapes(arch)
     layer = sum(rows * columns for rows, columns in shapes.values())
     streams = len(settings.streams)
-    widest = max(columns for _, columns in shapes.values())
     # the layer as it was and as it becomes, and a copy to run for each stream where that is another type
     weights = layer * (4 + 4 + (streams * compute_bytes if compute_bytes != 4 else 0))
-    # sums over the inputs of the widest linear, then its factorisation: the matrix, its factor, the inverse
-    sums = widest * widest * 4 * streams
-    factor = 3 * widest * widest * (8 if widest <= FLOAT64_IN_FEATURES else 4)
-    stacked = 6 * 2 * arch.intermediate_size * arch.hidden_size * 4  # gate and up in one: target, columns, integers
+    choosing = max(
+        _choosing(sum(shapes[name][0] for name in names), shapes[names[0]][1], settings) for names in INPUT_GROUPS
+    )
     activations = BATCH * length * (3 * arch.intermediate_size + 4 * arch.hidden_size) * 4
     tokens = samples * length
     inside = tokens * (arch.num_heads * arch.head_dim * compute_bytes + arch.hidden_size * 4) * streams
@@ -90,23 +88,37 @@ def need(
         for name, (rows, columns) in shapes.items()
     )
     disk = inside + states + 2 * packed
-    memory = weights + sums + factor + stacked + activations
+    memory = weights + choosing + activations
     if settings.output_curvature or settings.average_bits:
-        curvature = 4 * _curvature(arch)
+        blocks = 4 * _curvature(arch)
         seen = min(tokens, fisher.MAX_TOKENS)
         disk += (arch.num_layers + 1) * seen * arch.hidden_size * compute_bytes + seen * arch.hidden_size * 4
-        disk += arch.num_layers * curvature
+        disk += arch.num_layers * blocks
         # a layer's weights as read and as run, what autograd keeps of it; before that embedding, head and logits
         graph = fisher.BATCH * length * (8 * arch.intermediate_size + 16 * arch.hidden_size) * compute_bytes
         head = arch.vocab_size * (arch.hidden_size * (2 * 2 + compute_bytes) + 6 * 128 * 4)
-        curvature += 2 * layer * 4 if settings.average_bits else 0  # what rounding would change, by bits
-        memory = max(memory + curvature, layer * (4 + compute_bytes) + curvature + graph, head)
+        changes = 2 * layer * 4 if settings.average_bits else 0  # what rounding would change, by bits
+        # while integers are chosen, a group's blocks are there shrunk and as factors too: gate's and up's are the most
+        choosing = memory + (3 * blocks if settings.output_curvature else 0)
+        memory = max(choosing, layer * (4 + compute_bytes) + blocks + changes + graph, head)
     if settings.tuning_epochs:
         learning = arch.num_layers * layer / (settings.group_size if settings.group_size > 0 else arch.hidden_size)
         kept = (arch.num_layers + 1) * Plan().batch_size * length * arch.hidden_size * 4
         disk += packed + arch.num_layers * layer + learning * (4 + 2 * 3) * 4 + kept
     seconds = _seconds(arch, settings, tokens, speed) if speed else 0.0
     return Need(_PROCESS + memory, round(disk), seconds)
+
+
+def _choosing(rows: int, width: int, settings: Settings) -> int:
+    """Bytes that choosing the integers of linears that read the same takes: rows of all of them, inputs of each."""
+    square, weight = width * width * 4, rows * width * 4
+    # the Gram matrix and that shrunk; the matrix to factor and its factor; the weight as it was and as it is rounded
+    factor = 2 * square + 2 * square * (2 if width <= FLOAT64_IN_FEATURES else 1) + 2 * weight
+    # the factor of all of it, and the weight, its columns, what they become, their integers
+    rounding = 3 * square + 6 * weight
+    # the Gram matrix, how it differs from the original's, both shrunk or factored; the weight, what is wanted, solved
+    drift = 4 * square + 5 * weight if settings.drift_correction else 0
+    return max(factor, rounding, drift)
 
 
 def _curvature(arch: Architecture) -> int:

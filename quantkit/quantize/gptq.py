@@ -6,6 +6,7 @@ the rows before them in the same way: the two-sided rounding of YAQA (Tseng et a
 arXiv 2505.22988), for integers on a grid.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -100,7 +101,7 @@ def gptq(
     if act_order:
         order_I = input_order(hessian_II)
     # Rows and columns of the Hessian go with the columns of the weight.
-    factor_II, damping = inverse_factor(hessian_II[order_I][:, order_I], damping, dtype)
+    factor_II, damping = inverse_factor(hessian_II, order_I, damping, dtype)
     columns = _Columns(
         factor_II, order_I, group_size, 2**bits - 1, block_size, None if act_order else hessian_II, find_grid
     )
@@ -176,7 +177,7 @@ def _by_row_blocks(
     begin = 0
     for hessian_RR in output_hessians:
         order_R = input_order(hessian_RR)
-        factor_RR, _ = inverse_factor(hessian_RR[order_R][:, order_R], OUTPUT_DAMPING, weight_OI.dtype)
+        factor_RR, _ = inverse_factor(hessian_RR, order_R, OUTPUT_DAMPING, weight_OI.dtype)
         parts.append((begin + order_R, factor_RR))
         begin += len(order_R)
     target_OI = weight_OI.clone()
@@ -217,33 +218,53 @@ def input_order(hessian_II: Tensor) -> Tensor:
     return hessian_II.diagonal().argsort(descending=True, stable=True)
 
 
-def inverse_factor(hessian_II: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """Upper triangular U with U^T U = (H + damping * mean diagonal * I)^-1; and the damping that it took.
+def inverse_factor(hessian_II: Tensor, order_I: Tensor, damping: float, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """Upper triangular U with U^T U = (H + damping * mean diagonal * I)^-1, H the Hessian in that order of its inputs.
 
     Row i of U, divided by its pivot, is the first row of the inverse of the Hessian of columns i and after,
-    divided by its first element: what eq. 3 multiplies the error with.
+    divided by its first element: what eq. 3 multiplies the error with. Returns the damping that it took as well.
+
+    For the widest linears these matrices are most of the memory that quantization takes: beside the Hessian there are
+    never more than two.
     """
     working_dtype = torch.float64 if hessian_II.shape[0] <= FLOAT64_IN_FEATURES else dtype
-    hessian_II = hessian_II.to(working_dtype, copy=True)
-    diagonal_I = hessian_II.diagonal()  # a view: writes go to the Hessian
-    live = int((diagonal_I != 0).sum())
-    mean = float(diagonal_I.sum()) / max(live, 1)
-    diagonal_I[diagonal_I == 0] = 1
-    undamped_I = diagonal_I.clone()
-    identity_II = torch.eye(hessian_II.shape[0], dtype=hessian_II.dtype, device=hessian_II.device)
+    backward_I = order_I.flip(0)
+    undamped_I = hessian_II.diagonal()[backward_I].to(working_dtype)
+    mean = float(undamped_I.sum()) / max(int((undamped_I != 0).sum()), 1)
+    undamped_I[undamped_I == 0] = 1
     while True:
-        diagonal_I.copy_(undamped_I + damping * mean)
         # H = R R^T with R upper is the Cholesky factor of H with both axes reversed, reversed back; U = R^-1.
         # The same U as inverting H and factoring the inverse, for half the work, and without squaring the
         # condition number.
-        lower_II, info = torch.linalg.cholesky_ex(hessian_II.flip(0, 1))
+        flipped_II = hessian_II[backward_I[:, None], backward_I].to(working_dtype)
+        flipped_II.diagonal().copy_(undamped_I + damping * mean)
+        lower_II, info = torch.linalg.cholesky_ex(flipped_II)
+        del flipped_II
         if int(info) == 0:
-            factor_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True).to(dtype)
-            if torch.isfinite(factor_II).all():
-                return factor_II.contiguous(), damping
+            _invert_lower(lower_II)
+            factor_II = lower_II.to(dtype).flip(0, 1)
+            del lower_II  # as flipped as it was: by columns, and copied once more to lie by rows
+            factor_II = factor_II.contiguous()
+            if all(map(math.isfinite, torch.stack(torch.aminmax(factor_II)).tolist())):
+                return factor_II, damping
         if damping >= MAX_DAMPING:
             raise ValueError(
                 f"the Hessian is not positive definite, even with {damping:g} of its mean diagonal added: "
                 "calibrate on more, or more varied, tokens"
             )
         damping = min(damping * 10 if damping else 0.01, MAX_DAMPING)
+
+
+def _invert_lower(lower_II: Tensor, *, block: int = 256) -> None:
+    """Invert a lower triangular matrix where it stands, by blocks of columns from the last (LAPACK's trtri).
+
+    Two thirds of the operations of solving for the identity, and neither that nor a second matrix beside it.
+    """
+    size = len(lower_II)
+    for start in reversed(range(0, size, block)):
+        stop = min(start + block, size)
+        inner = slice(start, stop)
+        identity_bb = torch.eye(stop - start, dtype=lower_II.dtype, device=lower_II.device)
+        inverse_bb = torch.linalg.solve_triangular(lower_II[inner, inner], identity_bb, upper=False)
+        lower_II[stop:, inner] = lower_II[stop:, stop:] @ lower_II[stop:, inner] @ inverse_bb.neg()
+        lower_II[inner, inner] = inverse_bb

@@ -61,6 +61,7 @@ class Settings(NamedTuple):
     continuations: int = 0  # windows that the model writes for each calibration window, beginning with a piece of it
     tuning_epochs: int = 0  # passes of `tune` over all windows
     average_bits: float | None = None  # bits: auto, so many a weight on average; `bits` for those that get fewest
+    bit_choices: tuple[int, ...] | None = None  # what `bits: auto` may give; None: all that the format stores
     ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits (`schemes`)
     overrides: tuple[Override, ...] = ()  # of bits, group size and symmetry, by pattern
 
@@ -250,6 +251,7 @@ class Layer:
                 weight_OI, gram_II, inputs.cross_II, inputs.residual_CI, strength=settings.drift_correction,
                 shrinkage=shrinkage,
             )  # fmt: skip
+            inputs = inputs._replace(cross_II=None, residual_CI=None)  # each as large as the Gram matrix, and done with
         curvature = [
             shrunk(block, usual_shrinkage(len(block), inputs.tokens))
             for name in names
@@ -259,7 +261,7 @@ class Layer:
             scale_I, gain = self._search(settings, names, _by_row(weight_OI, curvature), inputs, shrinkage)
             self._fold(producer, scale_I)
             weight_OI = weight_OI * scale_I
-            gram_II = gram_II / (scale_I[:, None] * scale_I)
+            gram_II.div_(scale_I[:, None] * scale_I)  # the group's own, and not read unscaled again
         quantized, damping = ranks.by_rows(
             lambda rows_OI, blocks: _choose(settings, rows_OI, gram_II, shrinkage, blocks), weight_OI, curvature
         )

@@ -80,7 +80,9 @@ def sum_up(sums: dict[str, Tensor], count: int) -> int:
         return count
     for name in sorted(sums):
         dist.all_reduce(sums[name])
-    total = torch.tensor(count, device=next(iter(sums.values())).device)
+    # NCCL adds up on GPUs alone: where there is nothing else to add, the count goes to this process's, as in `joined`
+    alone = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(count, device=next((tensor.device for tensor in sums.values()), alone))
     dist.all_reduce(total)
     return int(total)
 

@@ -57,7 +57,7 @@ def smoothing_scale(
     rows, in_features = weight_OI.shape
     weight_OGi = weight_OI[:: max(rows // MAX_ROWS, 1)].float().unflatten(1, (-1, group_size))
     order_I = input_order(hessian_II)
-    factor_II, _ = inverse_factor(hessian_II[order_I][:, order_I], damping, torch.float32)
+    factor_II, _ = inverse_factor(hessian_II, order_I, damping, torch.float32)
     left_I = torch.empty(in_features, device=weight_OI.device)
     left_I[order_I] = factor_II.diagonal().square().reciprocal()
     left_I *= hessian_II.diagonal() != 0  # an input that never fired costs nothing

@@ -9,15 +9,15 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from quantkit import artifacts, decoder, formats, hardware, quantization_config, vllm_support
+from quantkit import artifacts, decoder, formats, hardware, quantization_config, shards, vllm_support
 from quantkit.architecture import INPUT_GROUPS, Architecture, layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint, copy_companions, open_checkpoint, save_tensors, write_weights
 from quantkit.errors import QuantkitError, raise_all
@@ -26,6 +26,7 @@ from quantkit.progress import LINE, Report, silent
 from quantkit.quantize import allocate, fisher, ranks, schemes, states, tune
 from quantkit.quantize.layer import Layer, LinearNote, Settings
 from quantkit.quantize.schemes import Override
+from quantkit.shards import Entry
 from quantkit.tokens import TokenSet
 
 _ALLOCATION = "allocation.json"  # what `bits: auto` chose
@@ -55,13 +56,37 @@ def check_settings(checkpoint: Checkpoint, settings: Settings) -> list[str]:
                 storage.format, bits=storage.bits, group_size=storage.group_size, symmetric=storage.symmetric,
                 shapes=shapes,
             )  # fmt: skip
+    choices: tuple[int, ...] = ()
+    if settings.average_bits is not None:
+        try:
+            choices = allocate.choices(settings.format, settings.bit_choices)
+        except ValueError as error:
+            problems.append(str(error))
+        else:
+            problems += _budget_problems(checkpoint.arch, settings.average_bits, choices, stored)
     raise_all(problems)
-    if settings.average_bits is not None and 8 in allocate.CHOICES[settings.format]:
+    if 8 in choices:
         limits += vllm_support.cuda_only(
             settings.format, bits=8, group_size=settings.group_size, symmetric=True,
             shapes=linear_shapes(checkpoint.arch),
         )  # fmt: skip
     return sorted(set(limits))
+
+
+def _budget_problems(arch: Architecture, average_bits: float, choices: tuple[int, ...], stored: Storages) -> list[str]:
+    """Why what patterns name, and the fewest bits for the rest, are more than the budget."""
+    weights, fewest = 0, 0
+    for index, (linear, (rows, columns)) in itertools.product(range(arch.num_layers), linear_shapes(arch).items()):
+        name = layer_prefix(index) + linear
+        storage = stored.of(name)
+        weights += rows * columns
+        fewest += rows * columns * ((storage.bits if storage else 16) if name in stored.special else min(choices))
+    if weights * average_bits >= fewest:
+        return []
+    return [
+        f"average_bits {average_bits:g} is less than the {fewest / weights:.2f} that what ignore and overrides name "
+        f"leaves at the least: raise it, or name fewer linears"
+    ]
 
 
 def allocation(folder: Path) -> dict[str, Any] | None:
@@ -94,7 +119,7 @@ def _allocate(
     assert settings.average_bits is not None
     if path.exists():
         return
-    choices = allocate.CHOICES[settings.format]
+    choices = allocate.choices(settings.format, settings.bit_choices)
 
     def errors(weight_OI: Tensor) -> dict[int, Tensor]:
         return allocate.rounding_errors(
@@ -112,7 +137,7 @@ def _allocate(
     names, groups = [], []
     for index, group in itertools.product(range(arch.num_layers), INPUT_GROUPS):
         linears = [layer_prefix(index) + linear for linear in group]
-        cost = {bits: sum(costs[index][linear][bits] for linear in group) for bits in choices if bits < 16} | {16: 0.0}
+        cost = {bits: sum(costs[index][linear][bits] for linear in group) if bits < 16 else 0.0 for bits in choices}
         if linears[0] in fixed:
             storage = fixed[linears[0]]
             cost = {storage.bits if storage else 16: 0.0}
@@ -256,21 +281,24 @@ def _start(
 
 
 def write_checkpoint(checkpoint: Checkpoint, settings: Settings, *, folder: Path, out: Path) -> None:
-    """Put the stored layers together as a checkpoint that vLLM loads."""
-
+    """Put the stored layers together as a checkpoint that vLLM loads, one tensor in memory at a time."""
     settings = settled(settings, folder)
     tuned = folder / _TUNED
-    outer = load_file(tuned / "outer.safetensors") if settings.tuning_epochs else {}
+    learned = (
+        {entry.name: entry for entry in shards.stored(tuned / "outer.safetensors")} if settings.tuning_epochs else {}
+    )
     folder = tuned if settings.tuning_epochs else folder
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in checkpoint.outer().items():
-            yield name, outer[name] if name in outer else half(tensor, name)
-        for index in range(checkpoint.arch.num_layers):
-            for name, tensor in load_file(layer_file(folder, index)).items():
-                yield layer_prefix(index) + name, tensor
+    def narrow(name: str) -> Tensor:
+        return half(checkpoint.read([name])[name], name)
 
-    write_weights(out, tensors())
+    def entries() -> Iterator[Entry]:
+        for name, shape in checkpoint.outer_shapes().items():
+            yield learned.get(name) or Entry(name, torch.float16, shape, partial(narrow, name))
+        for index in range(checkpoint.arch.num_layers):
+            yield from shards.stored(layer_file(folder, index), prefix=layer_prefix(index))
+
+    write_weights(out, entries())
     config = checkpoint.config | {
         "dtype": "float16",
         "quantization_config": quantization_config.build(

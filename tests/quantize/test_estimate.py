@@ -60,7 +60,28 @@ def test_a_real_run_stays_below_it(make_llama, texts: tuple[Path, Path], tmp_pat
     process = subprocess.Popen([str(word) for word in command], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
     assert status == 0
-    assert 0.3 * expected.memory < used.ru_maxrss * 1024 < 1.2 * expected.memory
+    assert 0.6 * expected.memory < used.ru_maxrss * 1024 < 1.2 * expected.memory
+
+
+# as docs/quantize.md has them, on a processor that computes in float32
+@pytest.mark.parametrize(
+    ("effort", "layers", "hidden", "inner", "heads", "kv_heads", "tokens", "vocabulary", "measured_mib"),
+    [("fast", 1, 4096, 14336, 32, 8, (2, 64), 320, 5960), ("fast", 64, 512, 1536, 8, 4, (8, 512), 49152, 890)],
+)
+def test_it_is_near_what_was_measured(
+    effort: str, layers: int, hidden: int, inner: int, heads: int, kv_heads: int, tokens: tuple[int, int],
+    vocabulary: int, measured_mib: int,
+) -> None:  # fmt: skip
+    arch = llama(
+        layers, hidden_size=hidden, intermediate_size=inner, num_attention_heads=heads, num_key_value_heads=kv_heads,
+        vocab_size=vocabulary, tie_word_embeddings=True,
+    )  # fmt: skip
+    settings = Settings.of(
+        effort=effort, format="compressed-tensors", bits=4, group_size=128, symmetric=False, act_order=True,
+        damping=0.01,
+    )  # fmt: skip
+    needed = estimate.need(arch, settings, samples=tokens[0], length=tokens[1], compute_bytes=4)
+    assert needed.memory >> 20 == pytest.approx(measured_mib, rel=0.1)
 
 
 @pytest.mark.parametrize(

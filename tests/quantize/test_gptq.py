@@ -109,6 +109,21 @@ def test_integers_equal_optimal_brain_quantization(
     assert result.dead_inputs == 0 and result.damping == 0.01
 
 
+def test_wider_than_the_blocks_that_the_factor_is_inverted_by() -> None:
+    weight_OI, hessian_II = problem(3, out_features=4, in_features=300)
+    hessian_II += hessian_II.diagonal().mean() * torch.eye(300)  # fewer tokens than inputs: both ways must be exact
+    scheme = {"group_size": 60, "symmetric": False, "act_order": True, "damping": 0.01}
+    found = gptq(weight_OI.double(), hessian_II, bits=4, **scheme).quantized  # type: ignore[arg-type]
+    integers_OI, scale_OG, _ = optimal_brain_quantization(
+        weight_OI,
+        hessian_II,
+        clip_search=True,
+        **scheme,  # type: ignore[arg-type]
+    )
+    assert torch.equal(found.grid.scale_OG, scale_OG)
+    assert torch.equal(found.integers_OI, integers_OI)
+
+
 @pytest.mark.parametrize("act_order", [True, False])
 def test_float32_gives_the_integers_of_float64_but_for_ties(act_order: bool) -> None:
     weight_OI, hessian_II = problem(4, out_features=32)

@@ -5,16 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
+import pytest
 
 from quantkit.checkpoint import open_checkpoint
 
 
-def quantize(out: Path, model: Path, text: Path, *launcher: str) -> "subprocess.CompletedProcess[str]":
+def quantize(
+    out: Path, model: Path, text: Path, *launcher: str, effort: str = "default"
+) -> "subprocess.CompletedProcess[str]":
     quantkit = str(Path(sys.executable).with_name("quantkit"))
     command = [
         *launcher, quantkit, "quantize", model, "--out", out, "--calibration", text, "--samples", "5", "--length", "64",
-        "--group-size", "32",
+        "--group-size", "32", "--effort", effort,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=900)
@@ -26,20 +28,31 @@ TORCHRUN = (
 )  # fmt: skip
 
 
-def test_two_ranks_make_what_one_makes(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("effort", ["default", "high"])
+def test_two_ranks_make_what_one_makes(effort: str, tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     for name, launcher in (("one", ()), ("two", TORCHRUN)):
-        done = quantize(tmp_path / name, tiny_llama, texts[0], *launcher)
+        done = quantize(tmp_path / name, tiny_llama, texts[0], *launcher, effort=effort)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (open_checkpoint(tmp_path / name, quantized=True) for name in ("one", "two"))
+    # Scales that learned end in other roundings of float16; what they learn moves them by a hundred times as much.
+    apart = 2e-3 if effort == "high" else 0.0
     for index in range(one.arch.num_layers):
         for name, tensor in one.layer(index).items():
             # A sum in another order may tip a weight to the next integer: few of them, and none further.
-            differing = (tensor != two.layer(index)[name]).float().mean()
-            assert differing < 0.02, (index, name)
-            assert (tensor - two.layer(index)[name]).abs().max() <= 0.2 * tensor.abs().max()
-    # found fresh, or wrong from the start: the second rank is sent home
-    again = quantize(tmp_path / "two", tiny_llama, texts[0], *TORCHRUN)
-    assert again.returncode == 0 and "fresh" in again.stderr
-    wrong = quantize(tmp_path / "three", tiny_llama / "nowhere", texts[0], *TORCHRUN)
+            difference = (tensor - two.layer(index)[name]).abs()
+            assert (difference > apart * tensor.abs()).float().mean() < 0.02, (index, name)
+            assert difference.max() <= 0.2 * tensor.abs().max()
+    outer = two.outer()
+    for name, tensor in one.outer().items():
+        assert (tensor - outer[name]).abs().max() <= apart * tensor.abs().max(), name
+
+
+def test_a_second_rank_with_nothing_to_do_is_sent_home(
+    tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Found fresh, or wrong from the start."""
+    for said, code in (("needs about", 0), ("fresh", 0)):
+        done = quantize(tmp_path / "out", tiny_llama, texts[0], *TORCHRUN)
+        assert done.returncode == code and said in done.stderr, done.stderr[-2000:]
+    wrong = quantize(tmp_path / "wrong", tiny_llama / "nowhere", texts[0], *TORCHRUN)
     assert wrong.returncode != 0 and "nowhere" in wrong.stderr
-    assert torch.equal(one.outer()["lm_head.weight"], two.outer()["lm_head.weight"])

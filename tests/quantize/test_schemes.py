@@ -11,7 +11,7 @@ from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import QuantkitError
 from quantkit.formats import Storage
 from quantkit.progress import silent
-from quantkit.quantize import stream
+from quantkit.quantize import allocate, stream
 from quantkit.quantize.layer import Settings
 from quantkit.quantize.schemes import Override, plan
 
@@ -58,23 +58,33 @@ def test_what_cannot_be_is_refused(given: dict[str, object], reason: str, arch: 
 
 
 @pytest.mark.parametrize(
-    ("format", "effort"), [("compressed-tensors", "default"), ("gptq", "fast"), ("awq", "default")]
-)
+    ("format", "effort", "choices"),
+    [
+        ("compressed-tensors", "default", None), ("gptq", "fast", None), ("awq", "default", None),
+        ("compressed-tensors", "fast", (4, 16)), ("gptq", "fast", (8, 4)),
+    ],
+)  # fmt: skip
 def test_bits_auto_spends_what_it_may(
-    format: str, effort: str, tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
+    format: str,
+    effort: str,
+    choices: tuple[int, ...] | None,
+    tiny_llama: Path,
+    texts: tuple[Path, Path],
+    tmp_path: Path,
 ) -> None:
     """Within the budget, with what a pattern asked for left as it is; a second run finds what the first one chose."""
     source = open_checkpoint(tiny_llama)
     windows = tokens.tokenize([str(texts[0])], tokens.load_tokenizer(tiny_llama), samples=6, length=64, seed=0)
     settings = Settings.of(
         effort=effort, format=format, bits="auto", average_bits=7.0, group_size=32, symmetric=format == "gptq",
-        act_order=True, damping=0.01, ignore=("*.0.mlp.down_proj",),
+        act_order=True, damping=0.01, ignore=("*.0.mlp.down_proj",), bit_choices=choices,
     )  # fmt: skip
+    allowed = choices or allocate.CHOICES[format]
     layers, out = tmp_path / "layers", tmp_path / "out"
     out.mkdir()
     stream.quantize_layers(source, windows, settings, folder=layers, device="cpu", report=silent)
     limits = stream.check_settings(source, settings)
-    assert any("8 bits is loaded on CUDA only" in limit for limit in limits) == (format != "awq")
+    assert any("8 bits is loaded on CUDA only" in limit for limit in limits) == (8 in allowed)
     chosen = stream.allocation(layers)
     assert chosen is not None and 6 < chosen["average_bits"] <= 7
     assert not list(layers.glob("fisher-*"))
@@ -89,8 +99,35 @@ def test_bits_auto_spends_what_it_may(
             spent += rows * columns * (storage.bits if storage else 16)
     assert spent / weights == pytest.approx(chosen["average_bits"])
     bits = {bits for entry in chosen["groups"] for bits in [entry["bits"]]}
-    assert len(bits) > 1 and 4 in bits
+    assert len(bits) > 1 and 4 in bits and bits <= set(allowed)
+    assert all({int(each) for each in entry["cost_nats"]} == set(allowed) for entry in chosen["groups"])
     assert stream.settled(settings, layers).average_bits is None
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"format": "awq", "bit_choices": (4, 8)}, "awq stores no linear in 8 bits .* 4, 16, or the format compressed"),
+        ({"average_bits": 5.0, "ignore": ("*.mlp.*",)}, "average_bits 5 is less than the 11.2"),
+        ({"average_bits": 4.5, "overrides": ({"match": "*.o_proj", "bits": 8, "symmetric": True},)}, None),
+    ],
+)
+def test_bits_auto_that_cannot_be_is_refused_before_the_work(
+    given: dict[str, object], reason: str | None, tiny_llama: Path
+) -> None:
+    usual = {"format": "compressed-tensors", "average_bits": 6.0, "group_size": 32, "symmetric": False}
+    settings = Settings.of(
+        effort="default",
+        bits="auto",
+        act_order=True,
+        damping=0.01,
+        **usual | given,
+    )
+    if reason is None:
+        stream.check_settings(open_checkpoint(tiny_llama), settings)
+        return
+    with pytest.raises(QuantkitError, match=reason):
+        stream.check_settings(open_checkpoint(tiny_llama), settings)
 
 
 @pytest.mark.parametrize("effort", ["fast", "default", "high"])
