@@ -1,7 +1,8 @@
 """What each part of the native quantizer gives and costs: a row a part, several seeds, errors paired by sequence.
 
 A seed draws other calibration windows; what is judged on stays. Results are kept in `--out` one by one; run again to
-add rows or seeds. CPU seconds are of the quantization alone, without imports.
+add rows or seeds. CPU seconds are of the quantization alone, without imports and without what vLLM
+writes.
 
     python benchmarks/ablation.py runs/off-grid --out runs/ablation --chats runs/quantizers --seeds 0,1,2
 """
@@ -15,9 +16,10 @@ from typing import Any
 import click
 import torch
 
-from quantkit import hardware, tokens
+from quantkit import conversations, hardware, tokens
 from quantkit.checkpoint import open_checkpoint
 from quantkit.evaluate import divergence
+from quantkit.offline import Session
 from quantkit.progress import silent
 from quantkit.quantize import stream
 from quantkit.quantize.layer import Settings
@@ -26,21 +28,23 @@ _PLAIN = {"drift_correction": 0.0, "output_curvature": False}
 ROWS: dict[str, dict[str, Any]] = {
     "GPTQ": {"effort": "fast", "shrinkage": 0.0},
     "GPTQ, shrunk (fast)": {"effort": "fast"},
-    "AWQ scales, GPTQ": {"effort": "default", "shrinkage": 0.0, **_PLAIN},
-    "AWQ scales, GPTQ, shrunk": {"effort": "default", **_PLAIN},
-    "AWQ scales, GPTQ, drift": {"effort": "default", "shrinkage": 0.0, "output_curvature": False},
-    "AWQ scales, GPTQ, drift, shrunk": {"effort": "default", "output_curvature": False},
-    "AWQ scales, GPTQ, drift, shrunk, outputs' curvature (default)": {"effort": "default"},
-    "scales that learn (high)": {"effort": "high"},
+    "scaled inputs, GPTQ": {"effort": "default", "shrinkage": 0.0, **_PLAIN},
+    "scaled inputs, GPTQ, shrunk": {"effort": "default", **_PLAIN},
+    "scaled inputs, GPTQ, drift": {"effort": "default", "shrinkage": 0.0, "output_curvature": False},
+    "scaled inputs, GPTQ, drift, shrunk": {"effort": "default", "output_curvature": False},
+    "scaled inputs, GPTQ, drift, shrunk, outputs' curvature (default)": {"effort": "default"},
+    "default, and what the model reads on (high)": {"effort": "high"},
+    "high, and scales that learn": {"effort": "high", "tuning_epochs": 2},
 }
 BEFORE = {  # what a row is compared with: the row without the part that it adds
     "GPTQ, shrunk (fast)": "GPTQ",
-    "AWQ scales, GPTQ": "GPTQ",
-    "AWQ scales, GPTQ, shrunk": "AWQ scales, GPTQ",
-    "AWQ scales, GPTQ, drift": "AWQ scales, GPTQ",
-    "AWQ scales, GPTQ, drift, shrunk": "AWQ scales, GPTQ, drift",
-    "AWQ scales, GPTQ, drift, shrunk, outputs' curvature (default)": "AWQ scales, GPTQ, drift, shrunk",
-    "scales that learn (high)": "AWQ scales, GPTQ, drift, shrunk, outputs' curvature (default)",
+    "scaled inputs, GPTQ": "GPTQ",
+    "scaled inputs, GPTQ, shrunk": "scaled inputs, GPTQ",
+    "scaled inputs, GPTQ, drift": "scaled inputs, GPTQ",
+    "scaled inputs, GPTQ, drift, shrunk": "scaled inputs, GPTQ, drift",
+    "scaled inputs, GPTQ, drift, shrunk, outputs' curvature (default)": "scaled inputs, GPTQ, drift, shrunk",
+    "default, and what the model reads on (high)": "scaled inputs, GPTQ, drift, shrunk, outputs' curvature (default)",
+    "high, and scales that learn": "default, and what the model reads on (high)",
 }
 
 
@@ -97,6 +101,12 @@ def _measure(
     for stale in (folder, made):
         shutil.rmtree(stale, ignore_errors=True)
     made.mkdir()
+    if settings.continuations:
+        with Session() as session:
+            more = conversations.continuations(
+                session, path, windows, settings.continuations, seed=seed, folder=out / f"written-{seed}", report=silent
+            )
+        windows = windows._replace(input_ids_ST=torch.cat([windows.input_ids_ST, more.input_ids_ST]))
     begin_s = time.process_time()
     stream.quantize_layers(source, windows, settings, folder=folder, device="cpu", report=silent)
     learned = stream.tune_scales(source, windows, settings, folder=folder, seed=seed, device="cpu", report=silent)

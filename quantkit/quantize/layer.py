@@ -48,7 +48,7 @@ EFFORTS = {
 class Settings(NamedTuple):
     """What decides the integers and how they are stored."""
 
-    method: str  # gptq, awq, or awq+gptq: AWQ's scales, then GPTQ's integers
+    method: str  # gptq, awq, or awq+gptq: inputs scaled for GPTQ (`smooth`), then its integers
     format: str
     bits: int
     group_size: int  # -1: per channel
