@@ -47,6 +47,7 @@ def quantize(job: dict[str, Any]) -> list[str]:
     """Write the quantized checkpoint; returns what was patched besides the number of workers."""
     import torch
     from gptqmodel import GPTQModel, QuantizeConfig
+    from gptqmodel.nn_modules.qlinear.torch_awq import AwqTorchLinear
     from gptqmodel.quantization import FORMAT, METHOD, GPTAQConfig
     from safetensors.torch import load_file
     from transformers import set_seed
@@ -65,6 +66,10 @@ def quantize(job: dict[str, Any]) -> list[str]:
         bits=scheme["bits"], group_size=scheme["group_size"], sym=scheme["symmetric"], desc_act=False,
         device=job["device"], offload_to_disk=False, **own, **job["options"],
     )  # fmt: skip
+    if job["method"] == "awq" and job["device"] == "cpu":
+        # Packing asks its AWQ linear whether that multiplies the model's type, which here it is never asked to.
+        AwqTorchLinear.SUPPORTS_DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+        notes.append("its check that AWQ packs from 16 bits alone is widened to float32")
     # On a CPU the engine would load bfloat16, which cuts the FP16 weights and which most processors multiply many times
     # more slowly than float32.
     engine = GPTQModel.load(str(source), config, dtype=torch.float32 if job["device"] == "cpu" else torch.float16)
