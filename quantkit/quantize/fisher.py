@@ -31,7 +31,7 @@ BATCH = 4  # samples a pass through a layer
 MAX_ROWS = 2048  # of a block: what rows further apart do to each other is left out
 MAX_TOKENS = 1 << 16  # of all ranks; more tell little more, and their states fill the disk
 LOUD = 30.0  # times the mean: what a token's trace says past this is no chance
-MAX_SHARE = 3.0  # times the mean of its batch: nor of a block of the Fisher information
+MAX_SHARE = 3.0  # times the mean of its window: nor of a block of the Fisher information
 _CHUNK = 128  # positions whose logits stand in memory
 
 
@@ -204,12 +204,12 @@ def _backward(
             for key, change_OI in changes.get(linear, {}).items():
                 moved_BTO = x_BTI.detach() @ change_OI.T.to(x_BTI.dtype)
                 cost[linear][key] += (moved_BTO.float() * gradient_BTO).sum(-1).square().sum() / 2
-            gradient_NO = gradient_BTO.flatten(0, 1).float()
-            trace_N = gradient_NO.square().sum(-1)
-            traces[linear][part] = trace_N.view(gradient_BTO.shape[:2])
-            most = MAX_SHARE * trace_N.mean()
-            capped_NO = gradient_NO * (most / trace_N.clamp_min(most)).nan_to_num_(1.0).sqrt()[:, None]
-            for number, piece_NR in enumerate(capped_NO.split(block_sizes(capped_NO.shape[1]), dim=1)):
+            trace_BT1 = gradient_BTO.float().square().sum(-1, keepdim=True)
+            traces[linear][part] = trace_BT1[..., 0]
+            most_B11 = MAX_SHARE * trace_BT1.mean(1, keepdim=True)
+            capped_BTO = gradient_BTO * (most_B11 / trace_BT1.maximum(most_B11)).nan_to_num_(1.0).sqrt()
+            pieces = capped_BTO.flatten(0, 1).float().split(block_sizes(capped_BTO.shape[-1]), dim=1)
+            for number, piece_NR in enumerate(pieces):
                 add_gram(blocks[f"{linear}.{number:03d}"], piece_NR)
 
         return add

@@ -81,7 +81,7 @@ def test_two_threads_give_the_bytes_of_one(
 
 
 def quantize_and_die(model: Path, out: Path, text: Path, count: Path, die_at: int) -> None:
-    """Effort `high` in this process, which kills itself as it reports for the `die_at`-th time; 0: it finishes.
+    """Scales learn in this process, which kills itself as it reports for the `die_at`-th time; 0: it finishes.
 
     count: a file that holds a character for each report.
     """
@@ -99,13 +99,13 @@ def quantize_and_die(model: Path, out: Path, text: Path, count: Path, die_at: in
 
     from rich.console import Console
 
-    settings = recipe.Quantize(effort="high", group_size=32)
+    settings = recipe.Quantize(tuning_epochs=4, group_size=32)
     windows = recipe.TextWindows(text=(str(text),), samples=6, length=64)
     stage = stages.quantize(model, calibration=windows, settings=settings, seed=0)
     stages.run_stage(stage, out, display=Quiet(Console(quiet=True)))
 
 
-def test_effort_high_killed_late_and_started_again_gives_the_same_bytes(
+def test_killed_while_scales_learn_and_started_again_gives_the_same_bytes(
     tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """Late: in the last quarter of what it reports, where the layers are done and their scales learn."""

@@ -28,14 +28,13 @@ TORCHRUN = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("effort", ["default", "high"])
+@pytest.mark.parametrize("effort", ["default", pytest.param("high", marks=pytest.mark.vllm)])
 def test_two_ranks_make_what_one_makes(effort: str, tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     for name, launcher in (("one", ()), ("two", TORCHRUN)):
         done = quantize(tmp_path / name, tiny_llama, texts[0], *launcher, effort=effort)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (open_checkpoint(tmp_path / name, quantized=True) for name in ("one", "two"))
-    # Scales that learned end in other roundings of float16; what they learn moves them by a hundred times as much.
-    apart = 2e-3 if effort == "high" else 0.0
+    apart = 2e-3  # scales of inputs end in other roundings of float16, two steps at most
     for index in range(one.arch.num_layers):
         for name, tensor in one.layer(index).items():
             # A sum in another order may tip a weight to the next integer: few of them, and none further.
