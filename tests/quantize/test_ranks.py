@@ -34,7 +34,8 @@ def test_two_ranks_make_what_one_makes(effort: str, tiny_llama: Path, texts: tup
         done = quantize(tmp_path / name, tiny_llama, texts[0], *launcher, effort=effort)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (open_checkpoint(tmp_path / name, quantized=True) for name in ("one", "two"))
-    apart = 2e-3  # scales of inputs end in other roundings of float16, two steps at most
+    # Scales of inputs follow what reaches them, and with it an integer that was tipped in a layer before.
+    apart = 1e-2
     for index in range(one.arch.num_layers):
         for name, tensor in one.layer(index).items():
             # A sum in another order may tip a weight to the next integer: few of them, and none further.
