@@ -19,8 +19,12 @@ def test_an_interrupted_job_leaves_no_child(tiny_llama: Path, tmp_path: Path) ->
         if session._child is not None:
             signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        session.run(job, tmp_path, on_result=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            session.run(job, tmp_path, on_result=interrupt)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert session._child is not None
     group = session._child.pid
     assert session._child.wait(timeout=10) == -signal.SIGKILL

@@ -28,8 +28,10 @@ TORCHRUN = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("effort", ["default", pytest.param("high", marks=pytest.mark.vllm)])
-def test_two_ranks_make_what_one_makes(effort: str, tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("effort", "tipped"), [("default", 0.02), pytest.param("high", 0.06, marks=pytest.mark.vllm)])
+def test_two_ranks_make_what_one_makes(
+    effort: str, tipped: float, tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
     for name, launcher in (("one", ()), ("two", TORCHRUN)):
         done = quantize(tmp_path / name, tiny_llama, texts[0], *launcher, effort=effort)
         assert done.returncode == 0, done.stderr[-2000:]
@@ -40,7 +42,7 @@ def test_two_ranks_make_what_one_makes(effort: str, tiny_llama: Path, texts: tup
         for name, tensor in one.layer(index).items():
             # A sum in another order may tip a weight to the next integer: few of them, and none further.
             difference = (tensor - two.layer(index)[name]).abs()
-            assert (difference > apart * tensor.abs()).float().mean() < 0.02, (index, name)
+            assert (difference > apart * tensor.abs()).float().mean() < tipped, (index, name)
             assert difference.max() <= 0.2 * tensor.abs().max()
     outer = two.outer()
     for name, tensor in one.outer().items():
