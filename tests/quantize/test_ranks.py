@@ -5,18 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from quantkit.checkpoint import open_checkpoint
 
 
-def quantize(
-    out: Path, model: Path, text: Path, *launcher: str, effort: str = "default"
-) -> "subprocess.CompletedProcess[str]":
+def quantize(out: Path, model: Path, text: Path, *launcher: str) -> "subprocess.CompletedProcess[str]":
     quantkit = str(Path(sys.executable).with_name("quantkit"))
     command = [
         *launcher, quantkit, "quantize", model, "--out", out, "--calibration", text, "--samples", "5", "--length", "64",
-        "--group-size", "32", "--effort", effort,
+        "--group-size", "32",
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=900)
@@ -28,12 +24,9 @@ TORCHRUN = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize(("effort", "tipped"), [("default", 0.02), pytest.param("high", 0.06, marks=pytest.mark.vllm)])
-def test_two_ranks_make_what_one_makes(
-    effort: str, tipped: float, tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_two_ranks_make_what_one_makes(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
     for name, launcher in (("one", ()), ("two", TORCHRUN)):
-        done = quantize(tmp_path / name, tiny_llama, texts[0], *launcher, effort=effort)
+        done = quantize(tmp_path / name, tiny_llama, texts[0], *launcher)
         assert done.returncode == 0, done.stderr[-2000:]
     one, two = (open_checkpoint(tmp_path / name, quantized=True) for name in ("one", "two"))
     # Scales of inputs follow what reaches them, and with it an integer that was tipped in a layer before.
@@ -42,7 +35,7 @@ def test_two_ranks_make_what_one_makes(
         for name, tensor in one.layer(index).items():
             # A sum in another order may tip a weight to the next integer: few of them, and none further.
             difference = (tensor - two.layer(index)[name]).abs()
-            assert (difference > apart * tensor.abs()).float().mean() < tipped, (index, name)
+            assert (difference > apart * tensor.abs()).float().mean() < 0.02, (index, name)
             assert difference.max() <= 0.2 * tensor.abs().max()
     outer = two.outer()
     for name, tensor in one.outer().items():
