@@ -1,8 +1,7 @@
 """What each part of the native quantizer gives and costs: a row a part, several seeds, errors paired by sequence.
 
 A seed draws other calibration windows; what is judged on stays. Results are kept in `--out` one by one; run again to
-add rows or seeds. CPU seconds are of the quantization alone, without imports and without what vLLM
-writes.
+add rows or seeds. CPU seconds are of the quantization alone, without imports and without what vLLM writes.
 
     python benchmarks/ablation.py runs/off-grid --out runs/ablation --chats runs/quantizers --seeds 0,1,2
 """

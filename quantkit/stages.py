@@ -231,12 +231,8 @@ def _by_contract(
         settings.engine, source, windows.input_ids_ST, method=settings.method, stored=_stored(settings),
         options=settings.engine_options, seed=seed, device=device, out=work.out, folder=work.partial, report=report,
     )  # fmt: skip
-    return {
-        "engine": ran,
-        "method": ran["method"],
-        **_counted(windows),
-        "linears": [],
-    }  # single linears: it says nothing
+    # of single linears an engine says nothing
+    return {"engine": ran, "method": ran["method"], **_counted(windows), "linears": []}
 
 
 def _counted(windows: "TokenSet") -> dict[str, Any]:
