@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeVar
 import click
 from click.core import ParameterSource
 
-from quantkit import __version__
+from quantkit import __version__, option_values
 from quantkit.errors import QuantkitError
 
 Command = TypeVar("Command", bound=Callable[..., Any])
@@ -61,56 +61,9 @@ def _display() -> Any:
 _out = click.option("--out", type=click.Path(path_type=Path), required=True, help="Directory to write.")
 
 
-def _size(context: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    from quantkit.quantize.estimate import parse_bytes
-
-    try:
-        return None if text is None else parse_bytes(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
-def _overrides(
-    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
-) -> list[dict[str, str | int]]:
-    found: list[dict[str, str | int]] = []
-    for text in texts:
-        pattern, colon, pairs = text.rpartition(":")
-        given = [pair.partition("=") for pair in pairs.split(",")]
-        if not colon or not pattern or any(not key or not value for key, _, value in given):
-            raise click.BadParameter(f"{text!r}: write it as '*.down_proj:bits=8,group_size=32,symmetric=true'")
-        numbers = {key: int(value) for key, _, value in given if value.removeprefix("-").isdigit()}
-        found.append({"match": pattern} | {key: value for key, _, value in given} | numbers)
-    return found
-
-
-def _engine_options(
-    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
-) -> dict[str, bool | int | float | str]:
-    import yaml
-
-    found = {}
-    for text in texts:
-        key, equals, written = text.partition("=")
-        value = yaml.safe_load(written) if key and equals else None
-        if not isinstance(value, bool | int | float | str):
-            raise click.BadParameter(f"{text!r}: write it as KEY=VALUE, a number, a word or true, for example iters=20")
-        found[key] = value
-    return found
-
-
 def _was_given(name: str) -> bool:
     """Whether an option of the running command is there because the user wrote it."""
     return click.get_current_context().get_parameter_source(name) is not ParameterSource.DEFAULT
-
-
-def _numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    words = [word.strip() for word in text.split(",")]
-    if not all(word.isdigit() for word in words):
-        raise click.BadParameter(f"{text!r}: write it as 4,16")
-    return [int(word) for word in words]
 
 
 _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
@@ -178,7 +131,7 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
     help="Another tool, in an environment of its own (`quantkit engines`). Interrupted, it begins again.",
 )  # fmt: skip
 @click.option(
-    "--engine-option", "engine_options", multiple=True, callback=_engine_options, metavar="KEY=VALUE",
+    "--engine-option", "engine_options", multiple=True, callback=option_values.engine_options, metavar="KEY=VALUE",
     help="Passed on to the other tool, the value as in YAML: iters=20. May be repeated.",
 )  # fmt: skip
 @click.option(
@@ -192,8 +145,8 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
 @click.option("--bits", type=click.Choice(["4", "8", "auto"]), default="4", show_default=True)
 @click.option("--average-bits", type=float, help="With --bits auto: as many a weight, 4, 8 or 16 for each linear.")
 @click.option(
-    "--bit-choices", callback=_numbers, metavar="BITS,...", help="With --bits auto: 4,16 for example, where 8 would "
-    "have no kernel.",
+    "--bit-choices", callback=option_values.numbers, metavar="BITS,...",
+    help="With --bits auto: 4,16 for example, where 8 would have no kernel.",
 )  # fmt: skip
 @click.option("--group-size", type=int, default=128, show_default=True, help="-1: per channel.")
 @click.option("--symmetric/--asymmetric", default=False, show_default=True)
@@ -201,7 +154,7 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
     "--ignore", multiple=True, metavar="PATTERN", help="Linears left in 16 bits: '*.down_proj'. May be repeated."
 )
 @click.option(
-    "--override", "overrides", multiple=True, callback=_overrides, metavar="PATTERN:KEY=VALUE,...",
+    "--override", "overrides", multiple=True, callback=option_values.overrides, metavar="PATTERN:KEY=VALUE,...",
     help="Another scheme for some linears: 'model.layers.0.*:bits=8,group_size=32,symmetric=true'. May be repeated.",
 )  # fmt: skip
 @click.option(
@@ -218,8 +171,8 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
     "for each sample, going on from a piece of it.",
 )  # fmt: skip
 @click.option(
-    "--memory-budget", callback=_size, metavar="SIZE", help="Refuse to begin where more is needed: 16GiB. Hidden "
-    "states lie in files and do not count.",
+    "--memory-budget", callback=option_values.size, metavar="SIZE",
+    help="Refuse to begin where more is needed: 16GiB. Hidden states lie in files and do not count.",
 )  # fmt: skip
 @_device
 @_seed

@@ -17,6 +17,7 @@ ROOMS = [
     {"quantize", "draft", "evaluate", "serve", "engines"},
     {"stages"},
     {"pipeline", "summary"},
+    {"option_values"},
     {"cli"},
 ]
 # What is pure maths imports torch, the standard library, and each other.
