@@ -193,8 +193,7 @@ def quantize(
       quantkit quantize llama --out w4 --calibration c.jsonl --engine autoround --engine-option iters=20
       torchrun --nproc-per-node 4 --no-python quantkit quantize llama --out w4 --calibration c.jsonl --device cuda
     """
-    from quantkit import recipe, stages
-    from quantkit.quantize import ranks, stream
+    from quantkit import ranks, recipe, stages
 
     asked |= {"format_": format_, "bits": bits if bits == "auto" else int(bits)}
     # what was asked for and no more: an engine refuses what it does not take
@@ -203,7 +202,7 @@ def quantize(
     windows = recipe.TextWindows(text=text, samples=samples, length=length)
     with ranks.joined(device) as own_device:
         if ranks.rank() > 0:
-            stream.follow(device=own_device)
+            ranks.follow(own_device)
             return
         with ranks.leading() as hand_out:
             stage = stages.quantize(
@@ -298,12 +297,38 @@ def evaluate(
 @click.option("--init", type=click.Path(path_type=Path), help="A smaller checkpoint of the family to start from.")
 @click.option("--keep-layers", type=click.IntRange(1), help="Or: start from this many of the target's own layers.")
 @click.option("--prompts", default="self:400", show_default=True, help="Text source, or self:N: the target writes N.")
-@click.option("--held-out-prompts", type=click.IntRange(1), default=32, show_default=True)
-@click.option("--answer-tokens", type=click.IntRange(2), default=128, show_default=True)
+@click.option(
+    "--layer-choice", type=click.Choice(["evenly", "influence"]), default="evenly", show_default=True,
+    help="Which layers --keep-layers keeps: spread evenly, or those that change the residual stream most.",
+)  # fmt: skip
+@click.option("--held-out-prompts", type=click.IntRange(1), default=32, show_default=True, help="To measure on.")
+@click.option("--validation-prompts", type=click.IntRange(1), default=16, show_default=True, help="To stop by.")
+@click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of the longest prompt.")
+@click.option("--answer-tokens", type=click.IntRange(2), default=128, show_default=True, help="Of the longest answer.")
+@click.option(
+    "--temperature", "temperatures", type=click.FloatRange(0, 2), multiple=True, default=(0.0, 0.7), show_default=True,
+    help="Of the answers that are learned from. May be repeated: prompts take them in turn.",
+)  # fmt: skip
+@click.option(
+    "--loss", default="forward_kl", show_default=True,
+    type=click.Choice(
+        ["forward_kl", "reverse_kl", "total_variation", "tvd++", "lk_alpha", "lk_hybrid", "cross_entropy"]
+    ),
+)  # fmt: skip
+@click.option("--top-k", type=click.IntRange(1), help="Keep so many of the target's likeliest tokens, not its states.")
+@click.option(
+    "--on-policy", type=click.FloatRange(0, 1), default=0.0, show_default=True,
+    help="Fraction of the prompts that the draft answers itself before each epoch but the first, to learn from too.",
+)  # fmt: skip
 @click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
+@click.option("--patience", type=click.IntRange(1), default=3, show_default=True, help="Epochs without gain to stop.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
 @click.option("--learning-rate", type=float, default=6e-4, show_default=True)
 @click.option("--speculative-tokens", type=click.IntRange(1), default=4, show_default=True)
+@click.option(
+    "--quantize", type=click.Choice(["no", "fast", "default", "high"]), default="default", show_default=True,
+    help="Effort of the draft's own 4-bit weights; kept where the estimated speed-up with them is higher.",
+)  # fmt: skip
 @_seed
 @_fresh
 @_friendly
@@ -314,14 +339,22 @@ def train_draft(target: Path, out: Path, init: Path | None, seed: int, fresh: bo
     Example:
       quantkit train-draft llama-w4 --out draft --keep-layers 8 --prompts self:2000
       quantkit train-draft llama-70b-w4 --out draft --init Llama-3.2-1B-Instruct --prompts chats.jsonl
+      quantkit train-draft llama-w4 --out draft --keep-layers 8 --loss lk_hybrid --temperature 0 --temperature 1
+      torchrun --nproc-per-node 4 --no-python quantkit train-draft llama-w4 --out draft --keep-layers 8
     """
-    from quantkit import recipe, stages, summary
+    import torch
+
+    from quantkit import ranks, recipe, stages, summary
 
     checked = recipe.check(recipe.Draft, settings | {"init": str(init) if init else None}, where="train-draft")
-    display = _display()
-    manifest = stages.run_stage(
-        stages.train_draft(target, settings=checked, seed=seed), out, display=display, replace=fresh
-    )
+    with ranks.joined("cuda" if torch.cuda.is_available() else "cpu") as own_device:
+        if ranks.rank() > 0:
+            ranks.follow(own_device)
+            return
+        display = _display()
+        with ranks.leading() as hand_out:
+            stage = stages.train_draft(target, settings=checked, seed=seed, hand_out=hand_out)
+            manifest = stages.run_stage(stage, out, display=display, replace=fresh)
     summary.print_draft(display.console, manifest)
     click.echo(str(out))
 

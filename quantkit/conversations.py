@@ -4,6 +4,7 @@
 would ask (Magpie, arXiv 2406.08464).
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,10 +69,16 @@ def prompts(
     """Distinct rendered prompts of at most `longest` tokens, from a text source or written by the target.
 
     Raises:
-        QuantkitError: fewer than `held_out` + 1 prompts were left after filtering.
+        QuantkitError: fewer than `held_out` + 1 prompts were left after filtering, or `self:N` of a target without a
+            chat template.
     """
     tokenizer = tokens.load_tokenizer(target)
     wanted = text.self_prompts(source)
+    if wanted is not None and not getattr(tokenizer, "chat_template", None):
+        raise QuantkitError(
+            f"prompts {source}: {target} has no chat template, and asks itself nothing without one: give prompts from "
+            "a file, or the instruct model's tokenizer_config.json"
+        )
     if wanted is None:
         found: list[text.Document] = list(text.documents(source))
     else:
@@ -79,13 +86,13 @@ def prompts(
             _self_written(session, target, tokenizer, wanted, longest=longest, seed=seed, folder=folder, report=report)
         )
     distinct = {json.dumps(document, sort_keys=True).casefold(): document for document in found}
-    rendered = [render(tokenizer, document) for document in distinct.values()]
+    rendered = [list(ids) for ids in dict.fromkeys(tuple(render(tokenizer, each)) for each in distinct.values())]
     room = longest + len(render(tokenizer, " "))  # the template's own tokens do not count
     kept = [prompt for prompt in rendered if len(prompt) <= room][: wanted or None]
     if len(kept) <= held_out:
         raise QuantkitError(
             f"prompts {source!r}: {len(kept)} distinct ones of at most {longest} tokens are left, and {held_out} are "
-            "held out: give more prompts, or lower draft.held_out_prompts"
+            "held out: give more prompts, or lower draft.held_out_prompts and draft.validation_prompts"
         )
     return kept
 
@@ -120,23 +127,22 @@ def answers(
     seed: int,
     folder: Path,
     report: Report,
-    temperature: float = 0.0,
+    temperatures: Sequence[float] = (0.0,),
+    what: str = "the target answers",
 ) -> list[Exchange]:
-    """The target's answers, greedy unless asked otherwise, in the order of the prompts; empty ones are left out."""
+    """The target's answers in the order of the prompts, at each temperature in turn; empty ones are left out."""
     stop = stop_tokens(target)
     requests = [
         offline.Request(
             name=f"answer-{number}", prompt=list(prompt), max_tokens=longest, stop_token_ids=stop,
             temperature=temperature, seed=seed * 1_000_003 + number if temperature else None,
         )
-        for number, prompt in enumerate(prompt_ids)
+        for number, (prompt, temperature) in enumerate(zip(prompt_ids, itertools.cycle(temperatures), strict=False))
     ]  # fmt: skip
     job = offline.Job(
         model=str(target), requests=requests, max_model_len=max(map(len, prompt_ids)) + longest + 1, seed=seed
     )
-    results, _ = session.run(
-        job, folder / "answers", on_result=lambda done, total: report("the target answers", done, total)
-    )
+    results, _ = session.run(job, folder / "answers", on_result=lambda done, total: report(what, done, total))
     pairs = zip(prompt_ids, results, strict=True)
     return [Exchange(list(prompt), result.tokens) for prompt, result in pairs if len(result.tokens) > 1]
 
@@ -154,7 +160,7 @@ def chats(
     rendered = [render(tokenizer, question) for question in asked]
     exchanges = answers(
         session, checkpoint, rendered, longest=answer_tokens, seed=seed, folder=folder, report=report,
-        temperature=temperature,
+        temperatures=(temperature,),
     )  # fmt: skip
     said = {
         tuple(exchange.prompt): tokenizer.decode(exchange.answer, skip_special_tokens=True) for exchange in exchanges
@@ -213,10 +219,11 @@ def stop_tokens(checkpoint: Path) -> list[int]:
     return sorted(token for token in stop if isinstance(token, int))
 
 
-def split(exchanges: Sequence[Exchange], held_out: int, *, seed: int) -> tuple[list[Exchange], list[Exchange]]:
-    """Training exchanges and `held_out` others, drawn by seed; a prompt is never on both sides."""
-    order = torch.randperm(len(exchanges), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [exchanges[i] for i in order[held_out:]], [exchanges[i] for i in order[:held_out]]
+def split(prompt_ids: Sequence[list[int]], sizes: Sequence[int], *, seed: int) -> list[list[list[int]]]:
+    """Distinct prompts drawn apart by seed: so many in each part, and last the rest."""
+    order = torch.randperm(len(prompt_ids), generator=torch.Generator().manual_seed(seed)).tolist()
+    begins = [0, *itertools.accumulate(sizes), len(order)]
+    return [[prompt_ids[i] for i in order[begin:end]] for begin, end in itertools.pairwise(begins)]
 
 
 def save_exchanges(path: Path, exchanges: Sequence[Exchange]) -> None:

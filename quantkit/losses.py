@@ -1,19 +1,79 @@
-"""How far one model's next-token distribution is from another's: pure functions of logits, nats a token.
+"""How far one model's next-token distribution is from another's: pure functions of logits, one number a position.
 
 What learns is called the draft, what it learns from the target: a small model or a quantized copy of the target itself.
+p is what the target says, q what the draft says. All take logits [N, V] of draft and target and give float32 [N].
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+_TINY = 1e-6  # keeps logarithms and quotients of an overlap of nothing finite
+
 
 def forward_kl(draft_logits_NV: Tensor, target_logits_NV: Tensor) -> Tensor:
-    """KL(target || draft) of each position: float32 [N], in nats (DistillSpec, arXiv 2310.08461, section 3.2)."""
+    """KL(p || q) in nats (DistillSpec, arXiv 2310.08461, section 3.2): q must be wherever p is."""
     target = target_logits_NV.float().log_softmax(-1)
     draft = draft_logits_NV.float().log_softmax(-1)
     return (target.exp() * (target - draft)).sum(-1)
+
+
+def reverse_kl(draft_logits_NV: Tensor, target_logits_NV: Tensor) -> Tensor:
+    """KL(q || p) in nats (DistillSpec, arXiv 2310.08461, section 3.2): q must not be where p is not."""
+    return forward_kl(target_logits_NV, draft_logits_NV)
+
+
+def overlap(draft_logits_NV: Tensor, target_logits_NV: Tensor) -> Tensor:
+    """alpha = sum_v min(p_v, q_v): how likely a token sampled from q is accepted (arXiv 2211.17192, corollary 3.6)."""
+    return torch.minimum(draft_logits_NV.float().softmax(-1), target_logits_NV.float().softmax(-1)).sum(-1)
+
+
+def total_variation(draft_logits_NV: Tensor, target_logits_NV: Tensor) -> Tensor:
+    """1 - alpha, the total variation distance: what is rejected, itself. Its gradient vanishes where alpha does."""
+    return 1 - overlap(draft_logits_NV, target_logits_NV)
+
+
+def total_variation_advantage(draft_logits_NV: Tensor, target_logits_NV: Tensor) -> Tensor:
+    """TVD++ (arXiv 2403.00858, section 2.2): the distance's gradient as that of a policy, its rewards normalised.
+
+    A token sampled from q is rewarded with 1 where p > q, else 0. The mean m of that under q is taken off and its
+    deviation sqrt(m (1 - m)) divided by, position by position and exactly, where the paper samples tokens.
+    """
+    target, draft = target_logits_NV.float().softmax(-1), draft_logits_NV.float().softmax(-1)
+    with torch.no_grad():
+        reward = (target > draft).float()
+        mean = (draft * reward).sum(-1, keepdim=True)
+        advantage = (reward - mean) / (mean * (1 - mean)).clamp(min=_TINY).sqrt()
+    return -(draft * advantage).sum(-1)
+
+
+def negative_log_overlap(draft_logits_NV: Tensor, target_logits_NV: Tensor) -> Tensor:
+    """-log alpha in nats (LK losses, arXiv 2602.23881): the distance's gradient, larger where little is accepted."""
+    return -overlap(draft_logits_NV, target_logits_NV).clamp(min=_TINY).log()
+
+
+def lk_hybrid(draft_logits_NV: Tensor, target_logits_NV: Tensor, *, eta: float = 3.0) -> Tensor:
+    """w KL(p || q) + (1 - w) (1 - alpha), w = exp(-eta alpha) held fixed (LK losses, arXiv 2602.23881; its eta is 3).
+
+    Forward KL where draft and target are strangers, total variation where they agree.
+    """
+    alpha = overlap(draft_logits_NV, target_logits_NV)
+    weight = (-eta * alpha.detach()).exp()
+    return weight * forward_kl(draft_logits_NV, target_logits_NV) + (1 - weight) * (1 - alpha)
+
+
+LOSSES: dict[str, Loss] = {
+    "forward_kl": forward_kl,
+    "reverse_kl": reverse_kl,
+    "total_variation": total_variation,
+    "tvd++": total_variation_advantage,
+    "lk_alpha": negative_log_overlap,
+    "lk_hybrid": lk_hybrid,
+}
 
 
 def curvature_probe(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
@@ -31,45 +91,39 @@ def curvature_probe(logits_NV: Tensor, generator: torch.Generator) -> Tensor:
     return noise.sub_(likely.mul_(noise.sum(-1, keepdim=True)))
 
 
-def chunked_forward_kl(
-    draft_hidden_NC: Tensor,
-    target_hidden_NE: Tensor,
-    draft_head_VC: Tensor,
-    target_head_VE: Tensor,
-    *,
-    chunk: int = 128,
-) -> Tensor:
-    """`forward_kl` summed over N positions, from the hidden states that the two heads read.
+def chunked(hidden_NC: Tensor, head_VC: Tensor, loss: Callable[[Tensor, slice], Tensor], *, chunk: int = 128) -> Tensor:
+    """A loss of logits summed over N positions, from the hidden states that the head reads.
 
     Only `chunk` positions' logits stand in memory at a time: with a vocabulary of 128k, those of a batch of 8 x 512
-    positions would take 2 GB each. The gradient for the hidden states is found in the same pass, as
-    (softmax(draft) - softmax(target)) W, so nothing is computed twice; the heads get none, they are frozen.
+    positions would take 2 GB. Value and gradient are found in one pass, nothing is computed twice. The head gets no
+    gradient: it is frozen.
+
+    loss: from float32 logits [n, V] and where among the N positions they are, one number a position.
     """
-    arguments = (draft_hidden_NC, target_hidden_NE, draft_head_VC, target_head_VE, chunk)
-    loss: Tensor = _ChunkedForwardKl.apply(*arguments)  # type: ignore[no-untyped-call]
-    return loss
+    total: Tensor = _Chunked.apply(hidden_NC, head_VC, loss, chunk)  # type: ignore[no-untyped-call]
+    return total
 
 
-class _ChunkedForwardKl(torch.autograd.Function):
+class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, draft_hidden_NC: Tensor, target_hidden_NE: Tensor, draft_head_VC: Tensor, target_head_VE: Tensor,
-        chunk: int,
-    ) -> Tensor:  # fmt: skip
-        gradient_NC = torch.empty_like(draft_hidden_NC)
-        total = torch.zeros((), dtype=torch.float32, device=draft_hidden_NC.device)
-        draft_head, target_head = draft_head_VC.to(draft_hidden_NC.dtype), target_head_VE.to(target_hidden_NE.dtype)
-        for begin in range(0, draft_hidden_NC.shape[0], chunk):
-            part = slice(begin, begin + chunk)
-            target = (target_hidden_NE[part] @ target_head.T).float().log_softmax(-1)
-            draft = (draft_hidden_NC[part] @ draft_head.T).float().log_softmax(-1)
-            likely = target.exp()
-            total += (likely * (target - draft)).sum()
-            gradient_NC[part] = (draft.exp() - likely).to(draft_head.dtype) @ draft_head
+        ctx: Any, hidden_NC: Tensor, head_VC: Tensor, loss: Callable[[Tensor, slice], Tensor], chunk: int
+    ) -> Tensor:
+        gradient_NC = torch.empty_like(hidden_NC)
+        total = torch.zeros((), dtype=torch.float32, device=hidden_NC.device)
+        head = head_VC.to(hidden_NC.dtype)
+        for begin in range(0, hidden_NC.shape[0], chunk):
+            part = slice(begin, min(begin + chunk, hidden_NC.shape[0]))
+            with torch.enable_grad():
+                logits_NV = (hidden_NC[part].detach() @ head.T).float().requires_grad_()
+                value = loss(logits_NV, part).sum()
+                (gradient_NV,) = torch.autograd.grad(value, logits_NV)
+            total += value.detach()
+            gradient_NC[part] = gradient_NV.to(head.dtype) @ head
         ctx.save_for_backward(gradient_NC)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient_NC,) = ctx.saved_tensors
-        return gradient_NC * gradients[0].to(gradient_NC.dtype), None, None, None, None
+        return gradient_NC * gradients[0].to(gradient_NC.dtype), None, None, None

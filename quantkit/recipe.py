@@ -105,20 +105,33 @@ class Quantize(Section):
     shrinkage: Annotated[float, Field(ge=0, le=1)] | None = None  # by the calibration tokens an input
 
 
+Temperature = Annotated[float, Field(ge=0, le=2)]
+
+
 class Draft(Section):
     """The draft model: where it starts from, what it learns from, for how long."""
 
     init: str | None = None  # a smaller checkpoint of the family
     keep_layers: PositiveInt | None = None  # or a subset of the target's own layers
     prompts: str = "self:400"
-    held_out_prompts: PositiveInt = 32
+    layer_choice: Literal["evenly", "influence"] = "evenly"  # which of the target's layers are kept
+    held_out_prompts: PositiveInt = 32  # never trained on: acceptance is measured on them
+    validation_prompts: PositiveInt = 16  # never trained on: they say when to stop
     prompt_tokens: PositiveInt = 128  # longest prompt
     answer_tokens: PositiveInt = 128  # longest answer
+    temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (0.0, 0.7)  # of the answers, in turn
+    loss: Literal[
+        "forward_kl", "reverse_kl", "total_variation", "tvd++", "lk_alpha", "lk_hybrid", "cross_entropy"
+    ] = "forward_kl"  # fmt: skip
+    top_k: PositiveInt | None = None  # keep the target's likeliest tokens instead of its states
+    on_policy: Annotated[float, Field(ge=0, le=1)] = 0.0  # fraction of prompts that the draft answers anew each epoch
     epochs: PositiveInt = 3
+    patience: PositiveInt = 3  # epochs without a longer accepted length until training stops
     batch_size: PositiveInt = 8
     learning_rate: PositiveFloat = 6e-4
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  # fraction of the steps
     speculative_tokens: PositiveInt = 4
+    quantize: Literal["no", "fast", "default", "high"] = "default"  # the effort of the draft's own 4-bit weights
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Draft":

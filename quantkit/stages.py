@@ -1,12 +1,13 @@
 """What flows: each stage as a function from directories to a directory, with what its manifest will say."""
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from quantkit import __version__, artifacts, hardware, text
+from quantkit import __version__, architecture, artifacts, hardware, text
 from quantkit.artifacts import Kind, Manifest, Work
 from quantkit.engines import registry
 from quantkit.errors import GateFailed, QuantkitError, raise_all
@@ -15,6 +16,7 @@ from quantkit.progress import LINE, Display, Report
 from quantkit.recipe import Draft, Evaluate, Quantize, Serve, TextWindows
 
 if TYPE_CHECKING:
+    from quantkit import ranks
     from quantkit.checkpoint import Checkpoint
     from quantkit.quantize.layer import Settings
     from quantkit.tokens import TokenSet
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 # What every engine takes, each within its limits.
 _FOR_ALL = {"engine", "engine_options", "method", "format", "bits", "group_size", "symmetric"}
 _NATIVE_METHODS = ("gptq", "awq", "awq+gptq")
+_DRAFT_WINDOWS, _DRAFT_WINDOW = 128, 512  # that a draft's 4-bit weights are calibrated on at most, and their tokens
 
 
 class Stage(NamedTuple):
@@ -75,7 +78,7 @@ def import_checkpoint(gguf: Path) -> Stage:
 
 def quantize(
     checkpoint: Path, *, calibration: TextWindows, settings: Quantize, seed: int, device: str = "cpu",
-    memory_budget: int | None = None, hand_out: Callable[[object], None] = lambda order: None,
+    memory_budget: int | None = None, hand_out: "ranks.HandOut" = lambda order: None,
 ) -> Stage:  # fmt: skip
     """FP16 checkpoint -> 4-bit checkpoint that vLLM loads, by the native engine or another one.
 
@@ -171,7 +174,7 @@ def _stored(settings: Quantize) -> Storage:
 
 def _natively(
     source: "Checkpoint", calibration: TextWindows, read: "Callable[[int], TokenSet]", settings: Quantize, *, seed: int,
-    device: str, memory_budget: int | None, hand_out: Callable[[object], None], work: Work, report: Report,
+    device: str, memory_budget: int | None, hand_out: "ranks.HandOut", work: Work, report: Report,
 ) -> dict[str, Any]:  # fmt: skip
     """The native engine: layer by layer, going on where it was interrupted.
 
@@ -266,19 +269,58 @@ def evaluate(
     return Stage("eval", "report", {"candidate": candidate, "reference": reference}, shape, make, verdict)
 
 
-def train_draft(target: Path, *, settings: Draft, seed: int) -> Stage:
-    """A draft for the target, distilled on the target's own answers."""
+def train_draft(target: Path, *, settings: Draft, seed: int, hand_out: "ranks.HandOut" = lambda order: None) -> Stage:
+    """A draft for the target, distilled on the target's own answers, and quantized where that makes it better.
+
+    `hand_out` tells other processes to train along.
+    """
 
     def make(work: Work, report: Report) -> None:
         from quantkit.draft import distil
 
+        def quantize(draft: Path, out: Path, texts: Sequence[list[int]]) -> None:
+            _quantize_draft(
+                draft, out, texts, target, settings, seed=seed, hand_out=hand_out, folder=work.partial, report=report
+            )
+
         work.results |= distil.train_draft(
-            target, settings=settings, seed=seed, out=work.out, folder=work.partial, report=report
-        )
+            target, settings=settings, seed=seed, out=work.out, folder=work.partial, report=report,
+            quantize=None if settings.quantize == "no" else quantize, hand_out=hand_out,
+        )  # fmt: skip
 
     inputs = {"target": target} | ({"init": Path(settings.init)} if settings.init else {})
     shape = {"draft": settings.model_dump(), "prompts": text.describe([settings.prompts]), "seed": seed}
     return Stage("train-draft", "draft", inputs, shape, make)
+
+
+def _quantize_draft(
+    draft: Path, out: Path, texts: Sequence[list[int]], target: Path, settings: Draft, *, seed: int,
+    hand_out: "ranks.HandOut", folder: Path, report: Report,
+) -> None:  # fmt: skip
+    """The draft with 4-bit weights in groups as its target's, calibrated on what target and draft are asked and say."""
+    from quantkit import checkpoint as checkpoints
+    from quantkit import tokens
+    from quantkit.quantize import stream
+
+    assert settings.quantize != "no"
+    source, storage = checkpoints.open_checkpoint(draft), checkpoints.open_checkpoint(target).storage
+    sizes = [storage.group_size] if storage and storage.group_size > 0 else [128, 64, 32]
+    inputs = [shape[1] for shape in architecture.linear_shapes(source.arch).values()]
+    fitting = [size for size in [*sizes, 128, 64, 32] if all(width % size == 0 for width in inputs)]
+    group_size = fitting[0] if fitting else -1
+    windows = tokens.pack(texts, length=_DRAFT_WINDOW, samples=_DRAFT_WINDOWS)
+    plan = _plan(Quantize(effort=settings.quantize, group_size=group_size, continuations=0))
+    layers, partial = folder / "draft-layers", out.with_suffix(".partial")
+
+    def say(what: str, done: int, total: int) -> None:
+        report(f"the draft: {what}", done, total)
+
+    hand_out(stream.Order(source.path, windows, plan, layers, seed))
+    stream.quantize_layers(source, windows, plan, folder=layers, device="cpu", report=say)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    stream.write_checkpoint(source, plan, folder=layers, out=partial)
+    partial.rename(out)
 
 
 def bundle(target: Path, *, draft: Path | None, report_dir: Path | None, settings: Serve) -> Stage:

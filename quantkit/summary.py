@@ -1,7 +1,7 @@
 """What a finished run says on the terminal: a screenful of what was found, and where to look."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,22 +32,46 @@ def evaluation_rows(results: dict[str, Any]) -> list[Row]:
 
 
 def draft_rows(results: dict[str, Any]) -> list[Row]:
-    """The draft's acceptance on vLLM before and after training."""
-    before, after = results["vllm"]["before"], results["vllm"]["after"]
-    losses = " -> ".join(f"{loss:.2f}" for loss in results["epoch_kl_nats"])
+    """The draft's acceptance before and after training, on vLLM and by its logits."""
+    accepted = results["acceptance"]
+
+    def steps(tell: Callable[[dict[str, Any]], str]) -> str:
+        return " -> ".join(tell(each) for name, each in accepted.items())
+
+    rows = [
+        (
+            "accepted on vLLM, " + " -> ".join(accepted),
+            steps(lambda each: f"{each['0']['vllm']['acceptance_rate']:.1%}"),
+        ),
+        ("tokens a step on vLLM", steps(lambda each: _length(each["0"]["vllm"]))),
+    ]
+    for heat in accepted["after"]:
+        kinds = ["greedy"] if heat == "0" else ["greedy", "sampled"]
+        rows += [
+            (
+                f"tokens a step by logits, temperature {heat}" + (f", {kind} proposals" if len(kinds) > 1 else ""),
+                steps(lambda each, heat=heat, kind=kind: _length(each[heat]["offline"][kind])),  # type: ignore[misc]
+            )
+            for kind in kinds
+        ]
+    first = accepted[results["kept"]]["0"]["vllm"]["per_position"]
     return [
+        *rows,
+        ("accepted at each position, as kept", ", ".join(f"{share:.0%}" for share in first)),
+        (f"{results['loss']} by epoch", " -> ".join(f"{loss:.2f}" for loss in results["epoch_losses"])),
         (
-            "acceptance rate on vLLM, before -> after",
-            f"{before['acceptance_rate']:.1%} -> {after['acceptance_rate']:.1%}",
+            "tokens a step on validation prompts",
+            " -> ".join(f"{length:.2f}" for length in results["epoch_accepted_lengths"]),
         ),
-        (
-            "tokens a step on vLLM, before -> after",
-            f"{before['accepted_length']:.2f} -> {after['accepted_length']:.2f}",
-        ),
-        ("KL(target || draft) by epoch", f"{losses} nats a token"),
         ("trained on", f"{results['train_prompts']} prompts, {results['answer_tokens']} answer tokens"),
         ("held out", f"{results['held_out_prompts']} prompts, {results['speculative_tokens']} draft tokens, greedy"),
-    ]
+        ("kept", "4-bit weights" if results["kept"] == "quantized" else "16-bit weights"),
+    ]  # fmt: skip
+
+
+def _length(counted: dict[str, Any]) -> str:
+    error = counted["accepted_length_error"]
+    return f"{counted['accepted_length']:.2f}" + (f" +- {error:.2f}" if error else "")
 
 
 def quantized_rows(results: dict[str, Any]) -> list[Row]:

@@ -96,6 +96,14 @@ def _windows(
     return [stream[index * body : (index + 1) * body] for index in order.tolist()], len(stream)
 
 
+def pack(texts: Sequence[Sequence[int]], *, length: int, samples: int) -> TokenSet:
+    """Texts that are tokens already, joined and cut: at most `samples` windows of `length`, or of all there is."""
+    stream = [token for text in texts for token in text]
+    length = min(length, len(stream))
+    count = min(len(stream) // length, samples)
+    return TokenSet(torch.tensor(stream[: count * length]).view(count, length), adds_bos=False)
+
+
 def whole(source: str, tokenizer: Any) -> TokenSet:
     """All of a source's tokens as one long sample, to look for shared text in."""
     stream: list[int] = []

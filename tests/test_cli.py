@@ -23,7 +23,8 @@ FROZEN = {
     "engines install": "name",
     "eval": "candidate --device --fresh --length --max-perplexity-drift --out --reference --samples --seed --text",
     "train-draft": "target --answer-tokens --batch-size --epochs --fresh --held-out-prompts --init --keep-layers "
-    "--learning-rate --out --prompts --seed --speculative-tokens",
+    "--layer-choice --learning-rate --loss --on-policy --out --patience --prompt-tokens --prompts --quantize --seed "
+    "--speculative-tokens --temperature --top-k --validation-prompts",
     "serve bundle": "--draft --fresh --gpu-memory-utilization --kv-cache-dtype --max-model-len "
     "--max-num-batched-tokens --max-num-seqs --out --prefix-caching --report --served-model-name "
     "--speculative-tokens --target --tensor-parallel-size",

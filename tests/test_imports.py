@@ -10,7 +10,7 @@ ROOMS = [
     {"errors", "__init__"},
     {"provenance", "progress", "formats", "hardware", "losses", "shards"},
     {"quantization_config", "vllm_support", "processes"},
-    {"artifacts", "architecture"},
+    {"artifacts", "architecture", "ranks"},
     {"recipe", "checkpoint", "decoder", "text", "gguf", "vllm_environment", "vllm_plugin", "vllm_kernel"},
     {"tokens", "offline", "offline_worker"},
     {"conversations"},

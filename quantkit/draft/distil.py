@@ -1,70 +1,150 @@
 """The whole way from a target to its draft: prompts, answers, acceptance before, training, acceptance after."""
 
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 
-from quantkit import conversations, hardware, vllm_environment
-from quantkit.checkpoint import Checkpoint, open_checkpoint, save_tensors, write_dense
-from quantkit.draft import acceptance, initialize, train
-from quantkit.errors import QuantkitError
+from quantkit import conversations, ranks, vllm_environment
+from quantkit.checkpoint import Checkpoint, open_checkpoint, write_dense
+from quantkit.conversations import Exchange
+from quantkit.draft import acceptance, initialize, teacher, train
+from quantkit.draft.acceptance import Acceptance, Offline
+from quantkit.draft.teacher import Teacher
+from quantkit.errors import QuantkitError, raise_all
 from quantkit.offline import Session
-from quantkit.progress import Report
+from quantkit.progress import LINE, Report
 from quantkit.recipe import Draft
 
 # vLLM takes the kind of speculation from these words anywhere in a draft's path, whatever `method` says
 PATH_TRAPS = ("eagle-", "eagle3", "dflash", "dspark")
+MEASURED_AT = (0.0, 0.7)  # temperatures
+_WEIGHED_TEXTS = 32  # that layers are chosen by
+_APART = 2.0  # standard errors that vLLM's count and the logits' may differ by
+
+# Writes a 4-bit copy of a draft (second path), calibrated on texts of the target's.
+Quantizer = Callable[[Path, Path, Sequence[list[int]]], None]
+
+
+class Texts(NamedTuple):
+    """Exchanges by what they are for; a prompt is in one of them alone."""
+
+    training: list[Exchange]
+    validation: list[Exchange]  # greedy answers
+    held_out: dict[float, list[Exchange]]  # answers at each temperature that acceptance is measured at
+
+
+class Judged(NamedTuple):
+    """A draft's acceptance by temperature; vLLM's own counters where its build speculates rightly."""
+
+    offline: dict[float, Offline]
+    vllm: dict[float, Acceptance]
+
+    def summary(self) -> dict[str, Any]:
+        """For manifests and reports, by temperature as a word."""
+        return {
+            f"{temperature:g}": {"offline": self.offline[temperature].summary()}
+            | ({"vllm": self.vllm[temperature].summary()} if temperature in self.vllm else {})
+            for temperature in self.offline
+        }
 
 
 def train_draft(
-    target_path: Path, *, settings: Draft, seed: int, out: Path, folder: Path, report: Report
-) -> dict[str, Any]:
+    target_path: Path, *, settings: Draft, seed: int, out: Path, folder: Path, report: Report,
+    quantize: Quantizer | None = None, hand_out: ranks.HandOut = lambda order: None,
+) -> dict[str, Any]:  # fmt: skip
     """Write a trained draft into `out` and return what its manifest says; `folder` keeps what a resumed run needs.
+
+    quantize: makes the draft's own 4-bit weights; acceptance is measured again with them, and the better one is kept.
+    hand_out: tells the processes that torchrun started beside this one to train along.
 
     Raises:
         QuantkitError: a draft of another vocabulary, too few prompts, a path that vLLM would misread, no vLLM.
     """
-    _check_path(out)
     target = open_checkpoint(target_path)
-    initial = folder / "initial"
-    origin = _initialize(target, settings, initial)
+    _check(target, settings, out)
     speaking = _speaking_target(target, folder)
-    measure = {"k": settings.speculative_tokens, "longest": settings.answer_tokens}
     with Session() as session:  # one process for all of vLLM's work: importing it takes longer than a job
-        train_set, held_out = _exchanges(session, speaking, settings, seed, folder, report)
-        before = acceptance.measure(
-            session, speaking, initial, held_out, **measure, folder=folder / "before", report=report,
-            what="acceptance before",
+        texts = _texts(session, speaking, settings, seed, folder, report)
+        initial = folder / "initial"
+        origin = _initialize(target, settings, texts.training, initial, report)
+        said = teacher.listen(
+            target, texts.training, top_k=settings.top_k, device="cpu", folder=folder / "said", report=report
+        )
+        judge = _Judge(session, target, speaking, texts.held_out, settings, seed, folder, report)
+        before = judge.measure(initial, "before")
+        material = train.Material(texts.training, said, texts.validation)
+        plan = train.Plan(
+            settings.loss, settings.epochs, settings.batch_size, settings.learning_rate, settings.warmup,
+            settings.patience, settings.on_policy > 0, settings.speculative_tokens, seed,
         )  # fmt: skip
-        draft = train.build_model(open_checkpoint(initial), dtype=torch.float32)
-        simulated_before = train.greedy_acceptance(draft, held_out, k=settings.speculative_tokens)
-        target_head, hidden = _target_states(target, train_set, folder, report)
-        plan = train.Plan(settings.epochs, settings.batch_size, settings.learning_rate, settings.warmup, seed)
-        trained = train.train(draft, target_head, train_set, hidden, plan, folder=folder, report=report)
-        simulated_after = train.greedy_acceptance(draft, held_out, k=settings.speculative_tokens)
-        config = open_checkpoint(initial).config
-        initialize.write_draft(out, config, _weights(draft, target), companions=target_path)
-        del draft, target_head, hidden
-        after = acceptance.measure(
-            session, speaking, out, held_out, **measure, folder=folder / "after", report=report,
-            what="acceptance after",
-        )  # fmt: skip
-    conversations.save_exchanges(out / "held_out.jsonl", held_out)
+        hand_out(train.Order(initial, material, plan, folder))
+        replay = _replay(session, target, texts.training, settings, seed, initial, report)
+        training = train.train(initial, material, plan, folder=folder, report=report, replay=replay)
+        trained = folder / "trained"
+        initialize.write_draft(
+            trained, open_checkpoint(initial).config, train.load_weights(training.weights), companions=target_path
+        )
+        judged = {"before": before, "after": judge.measure(trained, "after")}
+        made = {"after": trained}
+        if quantize is not None:
+            made["quantized"] = folder / "quantized"
+            if not (made["quantized"] / "config.json").exists():
+                quantize(trained, made["quantized"], [text.prompt + text.answer for text in texts.training])
+            judged["quantized"] = judge.measure(made["quantized"], "quantized")
+    speed = {name: _speed(judged[name], path, target, settings.speculative_tokens) for name, path in made.items()}
+    chosen = max(speed, key=lambda name: speed[name])
+    for file in sorted(made[chosen].iterdir()):
+        shutil.copy2(file, out / file.name)
+    conversations.save_exchanges(out / "held_out.jsonl", texts.held_out[0.0])
+    for line in (apart := _apart(judged)):
+        report(line, 0, LINE)
     return {
         "origin": origin,
-        "train_prompts": len(train_set),
-        "held_out_prompts": len(held_out),
-        "answer_tokens": trained.answer_tokens,
-        "steps": trained.steps,
-        "epoch_kl_nats": [round(loss, 4) for loss in trained.epoch_losses],
+        "train_prompts": len(texts.training),
+        "validation_prompts": len(texts.validation),
+        "held_out_prompts": len(texts.held_out[0.0]),
+        "answer_tokens": training.answer_tokens,
+        "answer_temperatures": list(settings.temperatures),
+        "steps": training.steps,
+        "loss": settings.loss,
+        "epoch_losses": [round(loss, 4) for loss in training.losses],
+        "epoch_accepted_lengths": [round(length, 4) for length in training.accepted_lengths],
+        "best_epoch": training.best_epoch,
         "speculative_tokens": settings.speculative_tokens,
-        "temperature": 0,
         "target_weights": "as stored" if speaking == target_path else "dequantized, as a CPU runs them faster",
-        "vllm": {"before": before.summary(), "after": after.summary()},
-        "simulated": {"before": simulated_before.summary(), "after": simulated_after.summary()},
+        "acceptance": {name: each.summary() for name, each in judged.items()},
+        "estimated_speed_up_by_bytes": {name: round(value, 4) for name, value in speed.items()},
+        "kept": chosen,
+        "engine_and_logits_apart": apart,
     }
+
+
+def _check(target: Checkpoint, settings: Draft, out: Path) -> None:
+    """What can be seen to be wrong before any work, all at once."""
+    problems = []
+    for word in PATH_TRAPS:
+        if word in str(out.resolve()).lower():
+            problems.append(
+                f"{out.resolve()} has {word!r} in its path, and vLLM would take the draft for another kind of "
+                "speculator: choose another --out"
+            )
+    context = target.config.get("max_position_embeddings")
+    needed = settings.prompt_tokens + settings.answer_tokens + settings.speculative_tokens + 1
+    if context is not None and needed > context:
+        problems.append(
+            f"prompts of {settings.prompt_tokens} and answers of {settings.answer_tokens} tokens, with "
+            f"{settings.speculative_tokens} draft tokens, do not fit the target's context of {context}: lower "
+            "draft.prompt_tokens or draft.answer_tokens"
+        )
+    raise_all(problems)
+    if settings.keep_layers is not None:
+        initialize.check_keep_layers(target, settings.keep_layers)
+    else:
+        assert settings.init is not None
+        initialize.check_family(target, open_checkpoint(Path(settings.init)))
 
 
 def _speaking_target(target: Checkpoint, folder: Path) -> Path:
@@ -81,68 +161,136 @@ def _speaking_target(target: Checkpoint, folder: Path) -> Path:
     return dense
 
 
-def _check_path(out: Path) -> None:
-    for word in PATH_TRAPS:
-        if word in str(out.resolve()).lower():
-            raise QuantkitError(
-                f"{out.resolve()} has {word!r} in its path, and vLLM would take the draft for another kind of "
-                "speculator: choose another --out"
-            )
+def _texts(
+    session: Session, speaking: Path, settings: Draft, seed: int, folder: Path, report: Report
+) -> Texts:  # fmt: skip
+    """The target's answers to prompts that are drawn apart before any is answered."""
+    asked = conversations.prompts(
+        session, settings.prompts, speaking, longest=settings.prompt_tokens, seed=seed, folder=folder, report=report,
+        held_out=settings.held_out_prompts + settings.validation_prompts,
+    )  # fmt: skip
+    sizes = (settings.held_out_prompts, settings.validation_prompts)
+    held_out, validation, training = conversations.split(asked, sizes, seed=seed)
 
-
-def _initialize(target: Checkpoint, settings: Draft, initial: Path) -> str:
-    if settings.keep_layers is not None:
-        initialize.check_keep_layers(target, settings.keep_layers)
-        kept = initialize.evenly_spaced(target.arch.num_layers, settings.keep_layers)
-        origin = f"layers {', '.join(map(str, kept))} of the target"
-        if not (initial / "config.json").exists():
-            config, weights, _ = initialize.from_layers(target, settings.keep_layers)
-            initialize.write_draft(initial, config, weights, companions=target.path)
-        return origin
-    assert settings.init is not None
-    source = open_checkpoint(Path(settings.init))
-    initialize.check_family(target, source)
-    if not (initial / "config.json").exists():
-        config, weights = initialize.from_checkpoint(target, source)
-        initialize.write_draft(initial, config, weights, companions=target.path)
-    return f"checkpoint {source.path.name}"
-
-
-def _exchanges(
-    session: Session, target: Path, settings: Draft, seed: int, folder: Path, report: Report
-) -> tuple[list[conversations.Exchange], list[conversations.Exchange]]:
-    kept = folder / "exchanges.jsonl"
-    if not kept.exists():
-        prompts = conversations.prompts(
-            session, settings.prompts, target, longest=settings.prompt_tokens, seed=seed, folder=folder, report=report,
-            held_out=settings.held_out_prompts,
+    def answered(prompts: list[list[int]], temperatures: Sequence[float], what: str) -> list[Exchange]:
+        found = conversations.answers(
+            session, speaking, prompts, longest=settings.answer_tokens, seed=seed, folder=folder / what, report=report,
+            temperatures=temperatures, what=f"the target answers, {what}",
         )  # fmt: skip
-        answered = conversations.answers(
-            session, target, prompts, longest=settings.answer_tokens, seed=seed, folder=folder, report=report
-        )
-        if len(answered) <= settings.held_out_prompts:
-            raise QuantkitError(f"the target answered only {len(answered)} prompts: give more, or other ones")
-        conversations.save_exchanges(kept, answered)
-    return conversations.split(conversations.load_exchanges(kept), settings.held_out_prompts, seed=seed)
+        if not found:
+            raise QuantkitError(f"the target has no answer to any of {len(prompts)} prompts ({what}): give other ones")
+        return found
+
+    return Texts(
+        answered(training, settings.temperatures, "training"),
+        answered(validation, (0.0,), "validation"),
+        {heat: answered(held_out, (heat,), f"held-out-{heat:g}") for heat in MEASURED_AT},
+    )  # fmt: skip
 
 
-def _target_states(
-    target: Checkpoint, exchanges: list[conversations.Exchange], folder: Path, report: Report
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """The target's head, and its hidden states at the answers' tokens."""
-    head_name = "model.embed_tokens.weight" if target.arch.tied_embeddings else "lm_head.weight"
-    head = target.read([head_name])[head_name]
-    kept = folder / "hidden.safetensors"
-    if not kept.exists():
-        model = train.build_model(target, dtype=hardware.compute_dtype("cpu"))
-        states = train.target_hidden_states(model, exchanges, batch_size=8, report=report)
-        save_tensors(kept, {"hidden": torch.cat(states)})
-    flat = load_file(kept)["hidden"]
-    return head, list(flat.split([len(exchange.answer) for exchange in exchanges]))
+def _initialize(
+    target: Checkpoint, settings: Draft, training: Sequence[Exchange], initial: Path, report: Report
+) -> str:  # fmt: skip
+    """Write the draft as training will find it; returns where it comes from."""
+    if settings.keep_layers is None:
+        assert settings.init is not None
+        source = open_checkpoint(Path(settings.init))
+        if not (initial / "config.json").exists():
+            config, weights = initialize.from_checkpoint(target, source)
+            initialize.write_draft(initial, config, weights, companions=target.path)
+        return f"checkpoint {source.path.name}"
+    if settings.layer_choice == "evenly":
+        kept = initialize.evenly_spaced(target.arch.num_layers, settings.keep_layers)
+    else:
+        texts = [text.prompt + text.answer for text in training[:_WEIGHED_TEXTS]]
+        kept = initialize.most_influential(target, texts, settings.keep_layers, device="cpu", report=report)
+    if not (initial / "config.json").exists():
+        config, weights = initialize.from_layers(target, kept)
+        initialize.write_draft(initial, config, weights, companions=target.path)
+    return f"layers {', '.join(map(str, kept))} of the target"
 
 
-def _weights(draft: Any, target: Checkpoint) -> dict[str, torch.Tensor]:
-    weights = {name: tensor.detach() for name, tensor in draft.state_dict().items()}
-    if draft.config.tie_word_embeddings:
-        weights.pop("lm_head.weight", None)
-    return weights
+class _Judge:
+    """Measures drafts on the held-out prompts, by their logits and by vLLM."""
+
+    def __init__(
+        self, session: Session, target: Checkpoint, speaking: Path, held_out: dict[float, list[Exchange]],
+        settings: Draft, seed: int, folder: Path, report: Report,
+    ) -> None:  # fmt: skip
+        self.session, self.speaking, self.held_out = session, speaking, held_out
+        self.settings, self.seed, self.folder, self.report = settings, seed, folder, report
+        self.said: dict[float, Teacher] = {
+            heat: teacher.listen(
+                target, texts, top_k=None, device="cpu", folder=folder / f"said-held-out-{heat:g}", report=report
+            )
+            for heat, texts in held_out.items()
+        }
+
+    def measure(self, draft: Path, when: str) -> Judged:
+        """Acceptance at every temperature; vLLM's CPU build garbles speculation above 0 and is asked at 0 alone."""
+        k = self.settings.speculative_tokens
+        model = train.build_model(open_checkpoint(draft), dtype=torch.float32).eval()
+        offline = {
+            heat: train.offline_acceptance(model, texts, self.said[heat], temperature=heat, k=k)
+            for heat, texts in self.held_out.items()
+        }
+        del model
+        counted = {}
+        for heat, texts in self.held_out.items():
+            if heat == 0 or not vllm_environment.is_cpu_build():
+                counted[heat] = acceptance.measure(
+                    self.session, self.speaking, draft, texts, k=k, longest=self.settings.answer_tokens,
+                    folder=self.folder / f"{when}-{heat:g}", report=self.report, what=f"acceptance on vLLM, {when}",
+                    temperature=heat, seed=self.seed,
+                )  # fmt: skip
+        return Judged(offline, counted)
+
+
+def _replay(
+    session: Session, target: Checkpoint, training: Sequence[Exchange], settings: Draft, seed: int, initial: Path,
+    report: Report,
+) -> Callable[[int, Path], train.Material]:  # fmt: skip
+    """Before an epoch: the draft's own answers to some prompts, read by the target (arXiv 2310.08461, section 3.1)."""
+
+    def replay(epoch: int, weights: Path) -> train.Material:
+        own = weights.with_suffix("")
+        draft = own / "draft"
+        if not (draft / "config.json").exists():
+            initialize.write_draft(
+                draft, open_checkpoint(initial).config, train.load_weights(weights), companions=initial
+            )
+        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(seed + epoch)).tolist()
+        prompts = [training[index].prompt for index in order[: max(round(settings.on_policy * len(training)), 1)]]
+        answers = conversations.answers(
+            session, draft, prompts, longest=settings.answer_tokens, seed=seed + epoch, folder=own, report=report,
+            temperatures=(1.0,), what="the draft answers",
+        )  # fmt: skip
+        said = teacher.listen(
+            target, answers, top_k=settings.top_k, device="cpu", folder=own / "said", report=report
+        )  # fmt: skip
+        return train.Material(answers, said, [])
+
+    return replay
+
+
+def _speed(judged: Judged, draft: Path, target: Checkpoint, k: int) -> float:
+    """Estimated tokens a second with the draft over those without, where bytes of weights read are all that counts.
+
+    accepted length / (1 + k c), c the draft's bytes over the target's (arXiv 2211.17192, theorem 3.8).
+    """
+    ours, theirs = (sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (draft, target.path))
+    return judged.vllm[0.0].length / (1 + k * ours / theirs)
+
+
+def _apart(judged: dict[str, Judged]) -> list[str]:
+    """Where vLLM's counters and the logits tell different accepted lengths, a sentence each."""
+    lines = []
+    for name, each in judged.items():
+        for heat, counted in each.vllm.items():
+            simulated = each.offline[heat].greedy
+            if abs(counted.length - simulated.length) > _APART * max(simulated.error, 0.01):
+                lines.append(
+                    f"the draft's accepted length {name} training at temperature {heat:g} is {counted.length:.2f} on "
+                    f"vLLM and {simulated.length:.2f} +- {simulated.error:.2f} by its logits: they should agree"
+                )
+    return lines

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantkit import decoder
+from quantkit import decoder, ranks
 from quantkit.architecture import INPUT_GROUPS, linear_shapes
 from quantkit.checkpoint import Checkpoint, save_tensors
 from quantkit.decoder import Rotation
 from quantkit.losses import curvature_probe
 from quantkit.progress import Report
-from quantkit.quantize import ranks, states
+from quantkit.quantize import states
 from quantkit.quantize.gram import add_gram, mirror
 
 Errors = Callable[[Tensor], dict[int, Tensor]]  # of a weight

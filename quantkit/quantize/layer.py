@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit import decoder, formats
+from quantkit import decoder, formats, ranks
 from quantkit.architecture import INPUT_GROUPS, Architecture
 from quantkit.decoder import Rotation
 from quantkit.formats import Grid, QuantizedWeight, Storage
-from quantkit.quantize import ranks, states
+from quantkit.quantize import states
 from quantkit.quantize.awq import awq, search_scale
 from quantkit.quantize.drift import target_weight
 from quantkit.quantize.fisher import Curvature

@@ -17,13 +17,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quantkit import artifacts, decoder, formats, hardware, quantization_config, shards, vllm_support
+from quantkit import artifacts, decoder, formats, hardware, quantization_config, ranks, shards, vllm_support
 from quantkit.architecture import INPUT_GROUPS, Architecture, layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint, copy_companions, open_checkpoint, save_tensors, write_weights
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight, Storages
 from quantkit.progress import LINE, Report, silent
-from quantkit.quantize import allocate, fisher, ranks, schemes, states, tune
+from quantkit.quantize import allocate, fisher, schemes, states, tune
 from quantkit.quantize.layer import Layer, LinearNote, Settings
 from quantkit.quantize.schemes import Override
 from quantkit.shards import Entry
@@ -237,15 +237,11 @@ class Order(NamedTuple):
     folder: Path
     seed: int
 
-
-def follow(*, device: str) -> None:
-    """On the other ranks: take part in what rank 0 quantizes, if it finds anything to do."""
-    order = ranks.receive()
-    if isinstance(order, Order):
-        checkpoint = open_checkpoint(order.checkpoint)
-        work = (checkpoint, order.tokens, order.settings)
-        quantize_layers(*work, folder=order.folder, device=device, report=silent)
-        tune_scales(*work, folder=order.folder, seed=order.seed, device=device, report=silent)
+    def follow(self, device: str) -> None:
+        """Take part in what rank 0 quantizes."""
+        work = (open_checkpoint(self.checkpoint), self.tokens, self.settings)
+        quantize_layers(*work, folder=self.folder, device=device, report=silent)
+        tune_scales(*work, folder=self.folder, seed=self.seed, device=device, report=silent)
 
 
 def _start(

@@ -17,14 +17,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from quantkit import decoder, formats
+from quantkit import decoder, formats, ranks
 from quantkit.architecture import layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint, save_tensors, unpack_linear
 from quantkit.decoder import Rotation
 from quantkit.formats import QuantizedWeight, Storages
-from quantkit.losses import chunked_forward_kl
+from quantkit.losses import chunked, forward_kl
 from quantkit.progress import Report
-from quantkit.quantize import ranks, states
+from quantkit.quantize import states
 from quantkit.quantize.grid import FLOAT16_TINY
 
 _NORM = "model.norm.weight"
@@ -218,7 +218,9 @@ class _Model:
     def _loss(self, hidden_BTC: Tensor, norm_C: Tensor, told_BTC: Tensor) -> Tensor:
         said_NC = decoder.rms_norm(hidden_BTC, norm_C, self.arch.norm_epsilon).flatten(0, 1).to(self.dtype)
         told_NC = decoder.rms_norm(told_BTC, self.norm_C, self.arch.norm_epsilon).flatten(0, 1).to(self.dtype)
-        return chunked_forward_kl(said_NC, told_NC, self.head_VC, self.head_VC)
+        return chunked(
+            said_NC, self.head_VC, lambda logits_NV, part: forward_kl(logits_NV, told_NC[part] @ self.head_VC.T)
+        )
 
     def _move(self, leaves: _Leaves, vector_P: Tensor, step: int, rate: float) -> None:
         sums = {"gradient": torch.zeros_like(vector_P) if vector_P.grad is None else vector_P.grad}

@@ -35,7 +35,8 @@ def tiny_recipe() -> Callable[..., dict[str, Any]]:
             "quantize": {"method": "gptq", "format": "compressed-tensors", "group_size": 32},
             "evaluate": {"text": [str(held_out)], "samples": 4, "length": 64, "max_perplexity_drift": 0.5},
             "draft": {
-                "keep_layers": 1, "prompts": str(prompts), "held_out_prompts": 4, "answer_tokens": 24, "epochs": 2,
+                "keep_layers": 1, "prompts": str(prompts), "held_out_prompts": 4, "validation_prompts": 2,
+                "answer_tokens": 24, "epochs": 2,
                 "batch_size": 4, "speculative_tokens": 3,
             },
             "serve": {

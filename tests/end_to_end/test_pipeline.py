@@ -53,17 +53,21 @@ def test_the_server_kept_what_the_bundle_promises(finished: Path) -> None:
 
 def test_the_draft_was_measured_before_and_after_by_vllm(finished: Path) -> None:
     results = _results(finished, "draft")
-    before, after = results["vllm"]["before"], results["vllm"]["after"]
-    assert before["drafts"] > 0 and after["drafts"] > 0
-    assert results["epoch_kl_nats"][1] < results["epoch_kl_nats"][0]
+    for when in ("before", "after", "quantized"):
+        assert results["acceptance"][when]["0"]["vllm"]["drafts"] > 0
+    assert results["epoch_losses"][1] < results["epoch_losses"][0]
+    kept = json.loads((finished / "draft" / "config.json").read_text())
+    assert ("quantization_config" in kept) == (results["kept"] == "quantized")
 
 
 def test_vllm_counts_what_the_simulation_counts(finished: Path) -> None:
     """Two ways to the same number: vLLM's counters, and one forward pass of the draft along the target's text."""
     results = _results(finished, "draft")
-    for when in ("before", "after"):
-        served, simulated = results["vllm"][when], results["simulated"][when]
+    for when in ("before", "after", "quantized"):
+        found = results["acceptance"][when]["0"]
+        served, simulated = found["vllm"], found["offline"]["greedy"]
         assert served["accepted_length"] == pytest.approx(simulated["accepted_length"], abs=0.25)
+    assert results["engine_and_logits_apart"] == []
 
 
 def test_a_second_run_finds_all_fresh_and_starts_nothing(finished: Path, recipe: Path, quantkit: Quantkit) -> None:

@@ -7,12 +7,16 @@ not touch each other, are split over the ranks and what was chosen for them is h
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from quantkit.formats import Grid, QuantizedWeight
+
+Value = TypeVar("Value")
 
 
 @contextmanager
@@ -22,35 +26,62 @@ def joined(device: str) -> Iterator[str]:
         yield device
         return
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
-    dist.init_process_group("gloo" if own == "cpu" else "nccl")
+    # the others wait while rank 0 has vLLM write for hours; a rank that died is noticed by its closed connection
+    dist.init_process_group("gloo" if own == "cpu" else "nccl", timeout=timedelta(days=2))
     try:
         yield own
     finally:
         dist.destroy_process_group()
 
 
-@contextmanager
-def leading() -> Iterator[Callable[[object], None]]:
-    """On rank 0: yields what tells the other ranks their work; leaving without having told them sends them home."""
-    told: list[object] = []
+class Order(Protocol):
+    """Work that all ranks do together, as rank 0 hands it out."""
 
-    def hand_out(work: object) -> None:
-        told.append(work)
+    def follow(self, device: str) -> None:
+        """Take part in it, on another rank than 0."""
+
+
+HandOut = Callable[[Order], None]
+
+
+@contextmanager
+def leading() -> Iterator[HandOut]:
+    """On rank 0: yields what tells the other ranks to follow, before each work; leaving sends them home."""
+    busy = False
+
+    def hand_out(order: Order | None) -> None:
+        nonlocal busy
         if world_size() > 1:
-            dist.broadcast_object_list([work], src=0)
+            dist.broadcast_object_list([order], src=0)
+        busy = True
 
     try:
         yield hand_out
-    finally:
-        if not told:
-            hand_out(None)
+    except BaseException:
+        if busy:  # in the midst of what all do together they cannot listen: they end when this process does
+            raise
+        hand_out(None)
+        raise
+    hand_out(None)
 
 
-def receive() -> object:
-    """On the other ranks: what rank 0 handed out, or None."""
-    work: list[object] = [None]
-    dist.broadcast_object_list(work, src=0)
-    return work[0]
+def follow(device: str) -> None:
+    """On the other ranks: take part in whatever rank 0 hands out, until it sends them home."""
+    while True:
+        order: list[Order | None] = [None]
+        dist.broadcast_object_list(order, src=0)
+        if order[0] is None:
+            return
+        order[0].follow(device)
+
+
+def from_first(make: Callable[[], Value]) -> Value:
+    """What rank 0 makes, on every rank."""
+    made: list[Any] = [make() if rank() == 0 else None]
+    if world_size() > 1:
+        dist.broadcast_object_list(made, src=0)
+    value: Value = made[0]
+    return value
 
 
 def rank() -> int:
