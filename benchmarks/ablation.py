@@ -33,7 +33,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "scaled inputs, GPTQ, drift, shrunk": {"effort": "default", "output_curvature": False},
     "scaled inputs, GPTQ, drift, shrunk, outputs' curvature (default)": {"effort": "default"},
     "default, and what the model reads on (high)": {"effort": "high"},
-    "high, and scales that learn": {"effort": "high", "tuning_epochs": 2},
 }
 BEFORE = {  # what a row is compared with: the row without the part that it adds
     "GPTQ, shrunk (fast)": "GPTQ",
@@ -43,7 +42,6 @@ BEFORE = {  # what a row is compared with: the row without the part that it adds
     "scaled inputs, GPTQ, drift, shrunk": "scaled inputs, GPTQ, drift",
     "scaled inputs, GPTQ, drift, shrunk, outputs' curvature (default)": "scaled inputs, GPTQ, drift, shrunk",
     "default, and what the model reads on (high)": "scaled inputs, GPTQ, drift, shrunk, outputs' curvature (default)",
-    "high, and scales that learn": "default, and what the model reads on (high)",
 }
 
 
@@ -108,10 +106,9 @@ def _measure(
         windows = windows._replace(input_ids_ST=torch.cat([windows.input_ids_ST, more.input_ids_ST]))
     begin_s = time.process_time()
     stream.quantize_layers(source, windows, settings, folder=folder, device="cpu", report=silent)
-    learned = stream.tune_scales(source, windows, settings, folder=folder, seed=seed, device="cpu", report=silent)
     cpu_s = time.process_time() - begin_s
     stream.write_checkpoint(source, settings, folder=folder, out=made)
-    found: dict[str, Any] = {"cpu_s": cpu_s, "learned": learned}
+    found: dict[str, Any] = {"cpu_s": cpu_s}
     for kind, held_out in judged.items():
         kept = out / f"states-{kind}"
         kept.mkdir(exist_ok=True)

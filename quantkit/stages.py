@@ -195,9 +195,8 @@ def _natively(
     windows = read(plan.continuations)
     checkpoints.check_finite(source, lambda done, total: report("checking the weights, tensor", done, total))
     layers = work.partial / "layers"
-    hand_out(stream.Order(source.path, windows, plan, layers, seed))
+    hand_out(stream.Order(source.path, windows, plan, layers))
     notes = stream.quantize_layers(source, windows, plan, folder=layers, device=device, report=report)
-    tuned = stream.tune_scales(source, windows, plan, folder=layers, seed=seed, device=device, report=report)
     special = stream.storages(source.arch, stream.settled(plan, layers)).special
     report("writing", 0, 0)
     hardware.give_back_freed_memory()  # embedding and head are read whole, and would come on top
@@ -215,7 +214,6 @@ def _natively(
         "drift_correction": plan.drift_correction,
         "output_curvature": plan.output_curvature,
         "shrinkage": plan.shrinkage,
-        "tuning_kl_nats": [round(kl, 6) for kl in tuned],
         "allocation": stream.allocation(layers),
         "special": {name: storage and storage._asdict() for name, storage in special.items()},  # null: 16 bits
         "linears": [note._asdict() for note in notes],
@@ -315,7 +313,7 @@ def _quantize_draft(
     def say(what: str, done: int, total: int) -> None:
         report(f"the draft: {what}", done, total)
 
-    hand_out(stream.Order(source.path, windows, plan, layers, seed))
+    hand_out(stream.Order(source.path, windows, plan, layers))
     stream.quantize_layers(source, windows, plan, folder=layers, device="cpu", report=say)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()

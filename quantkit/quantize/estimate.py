@@ -15,7 +15,6 @@ from quantkit.progress import spoken
 from quantkit.quantize import fisher, schemes
 from quantkit.quantize.gptq import FLOAT64_IN_FEATURES
 from quantkit.quantize.layer import BATCH, Settings
-from quantkit.quantize.tune import Plan
 
 _PROCESS = 760 << 20  # torch, transformers and a tokenizer, before any weight is read
 
@@ -101,10 +100,6 @@ def need(
         # while integers are chosen, a group's blocks are there shrunk and as factors too: gate's and up's are the most
         choosing = memory + (3 * blocks if settings.output_curvature else 0)
         memory = max(choosing, layer * (4 + compute_bytes) + blocks + changes + graph, head)
-    if settings.tuning_epochs:
-        learning = arch.num_layers * layer / (settings.group_size if settings.group_size > 0 else arch.hidden_size)
-        kept = (arch.num_layers + 1) * Plan().batch_size * length * arch.hidden_size * 4
-        disk += packed + arch.num_layers * layer + learning * (4 + 2 * 3) * 4 + kept
     seconds = _seconds(arch, settings, tokens, speed) if speed else 0.0
     return Need(_PROCESS + memory, round(disk), seconds)
 
@@ -136,15 +131,13 @@ def _seconds(arch: Architecture, settings: Settings, tokens: int, speed: Speed) 
     choosing = sum(2 * rows * columns * columns for rows, columns in shapes.values())  # GPTQ's updates
     choosing += sum(3 * width**3 for width in widths) * (2 if settings.drift_correction else 1)
     layer = (2 * streams * forward) / speed.compute + (gram + choosing) / speed.float32
-    head = 2 * 3 * tokens * arch.hidden_size * arch.vocab_size
-    epoch = (4 * forward * arch.num_layers + head) / speed.compute
     curved = 0.0
     if settings.output_curvature or settings.average_bits:
         seen = min(tokens, fisher.MAX_TOKENS)
         head = 2 * 2 * seen * arch.hidden_size * arch.vocab_size
         curved = (3 * forward * seen / tokens * arch.num_layers + head) / speed.compute
         curved += arch.num_layers * 2 * seen * _curvature(arch) * 5 / 8 / speed.float32
-    return 1.5 * (layer * arch.num_layers + curved + epoch * settings.tuning_epochs)
+    return 1.5 * (layer * arch.num_layers + curved)
 
 
 def check_room(needed: Need, folder: Path, *, memory_budget: int | None = None) -> None:

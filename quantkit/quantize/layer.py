@@ -35,13 +35,12 @@ class Effort(NamedTuple):
     drift_correction: float
     output_curvature: bool
     continuations: int
-    tuning_epochs: int
 
 
 EFFORTS = {
-    "fast": Effort("gptq", 0.0, False, 0, 0),
-    "default": Effort("awq+gptq", 0.8, True, 0, 0),
-    "high": Effort("awq+gptq", 0.8, True, 3, 0),
+    "fast": Effort("gptq", 0.0, False, 0),
+    "default": Effort("awq+gptq", 0.8, True, 0),
+    "high": Effort("awq+gptq", 0.8, True, 3),
 }
 
 
@@ -59,7 +58,6 @@ class Settings(NamedTuple):
     drift_correction: float = 0.0  # share of the drift so far that a linear makes up for
     output_curvature: bool = False  # whether rows make up for each other's errors (`fisher`)
     continuations: int = 0  # windows that the model writes for each calibration window, beginning with a piece of it
-    tuning_epochs: int = 0  # passes of `tune` over all windows
     average_bits: float | None = None  # bits: auto, so many a weight on average; `bits` for those that get fewest
     bit_choices: tuple[int, ...] | None = None  # what `bits: auto` may give; None: all that the format stores
     ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits (`schemes`)
@@ -86,7 +84,7 @@ class Settings(NamedTuple):
     @property
     def streams(self) -> tuple[str, ...]:
         """Whose hidden states go through the layers: the quantized model's, and the original's to compare with."""
-        return ("quantized", "original") if self.drift_correction or self.tuning_epochs else ("quantized",)
+        return ("quantized", "original") if self.drift_correction else ("quantized",)
 
 
 class LinearNote(NamedTuple):

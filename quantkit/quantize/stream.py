@@ -23,14 +23,13 @@ from quantkit.checkpoint import Checkpoint, copy_companions, open_checkpoint, sa
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight, Storages
 from quantkit.progress import LINE, Report, silent
-from quantkit.quantize import allocate, fisher, schemes, states, tune
+from quantkit.quantize import allocate, fisher, schemes, states
 from quantkit.quantize.layer import Layer, LinearNote, Settings
 from quantkit.quantize.schemes import Override
 from quantkit.shards import Entry
 from quantkit.tokens import TokenSet
 
 _ALLOCATION = "allocation.json"  # what `bits: auto` chose
-_TUNED = "tuned"  # where the layers lie whose scales have learned, beside those as they were quantized
 
 
 def check_settings(checkpoint: Checkpoint, settings: Settings) -> list[str]:
@@ -211,37 +210,18 @@ def quantize_layers(
     return [note for index in range(arch.num_layers) for note in _read_notes(folder, index)]
 
 
-def tune_scales(
-    checkpoint: Checkpoint, tokens: TokenSet, settings: Settings, *, folder: Path, seed: int, device: str,
-    report: Report,
-) -> list[float]:  # fmt: skip
-    """After `quantize_layers`, let the scales learn; KL to the original by epoch. Every rank calls it, as that."""
-    if not settings.tuning_epochs:
-        return []
-    settings = settled(settings, folder)
-    learned = tune.tune(
-        checkpoint, ranks.share(tokens.input_ids_ST), tune.Plan(epochs=settings.tuning_epochs),
-        storages(checkpoint.arch, settings),
-        seed=seed, layers=folder, own=_own(folder), out=folder / _TUNED, device=device,
-        dtype=hardware.compute_dtype(device), report=report,
-    )  # fmt: skip
-    return learned.kl
-
-
 class Order(NamedTuple):
-    """What rank 0 hands to the others: the arguments of `quantize_layers` and `tune_scales`."""
+    """What rank 0 hands to the others: the arguments of `quantize_layers`."""
 
     checkpoint: Path
     tokens: TokenSet
     settings: Settings
     folder: Path
-    seed: int
 
     def follow(self, device: str) -> None:
         """Take part in what rank 0 quantizes."""
-        work = (open_checkpoint(self.checkpoint), self.tokens, self.settings)
-        quantize_layers(*work, folder=self.folder, device=device, report=silent)
-        tune_scales(*work, folder=self.folder, seed=self.seed, device=device, report=silent)
+        checkpoint = open_checkpoint(self.checkpoint)
+        quantize_layers(checkpoint, self.tokens, self.settings, folder=self.folder, device=device, report=silent)
 
 
 def _start(
@@ -279,18 +259,13 @@ def _start(
 def write_checkpoint(checkpoint: Checkpoint, settings: Settings, *, folder: Path, out: Path) -> None:
     """Put the stored layers together as a checkpoint that vLLM loads, one tensor in memory at a time."""
     settings = settled(settings, folder)
-    tuned = folder / _TUNED
-    learned = (
-        {entry.name: entry for entry in shards.stored(tuned / "outer.safetensors")} if settings.tuning_epochs else {}
-    )
-    folder = tuned if settings.tuning_epochs else folder
 
     def narrow(name: str) -> Tensor:
         return half(checkpoint.read([name])[name], name)
 
     def entries() -> Iterator[Entry]:
         for name, shape in checkpoint.outer_shapes().items():
-            yield learned.get(name) or Entry(name, torch.float16, shape, partial(narrow, name))
+            yield Entry(name, torch.float16, shape, partial(narrow, name))
         for index in range(checkpoint.arch.num_layers):
             yield from shards.stored(layer_file(folder, index), prefix=layer_prefix(index))
 

@@ -1,19 +1,14 @@
 """A real process, really killed: what it makes the second time is what it makes undisturbed, on two threads too."""
 
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-
-from quantkit import recipe, stages
-from quantkit.progress import Display, Report
 
 NAMES = ("model.safetensors", "config.json")
 
@@ -78,53 +73,3 @@ def test_two_threads_give_the_bytes_of_one(
     finish(start(deep_llama, tmp_path / "out", texts[0], threads=2))
     for name in NAMES:
         assert (tmp_path / "out" / name).read_bytes() == (whole / name).read_bytes()
-
-
-def quantize_and_die(model: Path, out: Path, text: Path, count: Path, die_at: int) -> None:
-    """Scales learn in this process, which kills itself as it reports for the `die_at`-th time; 0: it finishes.
-
-    count: a file that holds a character for each report.
-    """
-
-    def report(what: str, done: int, total: int) -> None:
-        with count.open("a") as file:
-            file.write(".")
-        if count.stat().st_size == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    class Quiet(Display):
-        @contextmanager
-        def stage(self, title: str) -> Iterator[Report]:
-            yield report
-
-    from rich.console import Console
-
-    settings = recipe.Quantize(tuning_epochs=4, group_size=32)
-    windows = recipe.TextWindows(text=(str(text),), samples=6, length=64)
-    stage = stages.quantize(model, calibration=windows, settings=settings, seed=0)
-    stages.run_stage(stage, out, display=Quiet(Console(quiet=True)))
-
-
-def test_killed_while_scales_learn_and_started_again_gives_the_same_bytes(
-    tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """Late: in the last quarter of what it reports, where the layers are done and their scales learn."""
-
-    def run(out: str, name: str, die_at: int = 0) -> tuple[int | None, int]:
-        count = tmp_path / name
-        arguments = (tiny_llama, tmp_path / out, texts[0], count, die_at)
-        process = multiprocessing.get_context("spawn").Process(target=quantize_and_die, args=arguments)
-        process.start()
-        process.join(900)
-        return process.exitcode, count.stat().st_size
-
-    code, reports = run("whole", "undisturbed")
-    assert code == 0
-    for share in (0.8, 0.95):
-        out = f"killed-at-{share}"
-        code, reported = run(out, f"{out}-first", int(share * reports))
-        assert code == -signal.SIGKILL and reported == int(share * reports)
-        code, reported = run(out, f"{out}-second")
-        assert code == 0 and reported < reports, "what was done was done again"
-        for name in NAMES:
-            assert (tmp_path / out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

@@ -141,11 +141,10 @@ def test_a_checkpoint_with_several_schemes(
     scheme = {"format": format, "bits": 4, "group_size": 32, "symmetric": symmetric, "act_order": True, "damping": 0.01}
     ignore = ("model.layers.0.self_attn.[qkv]_proj", "*.1.mlp.gate_proj", "*.1.mlp.up_proj")
     overrides = () if format == "awq" else ({"match": "*.down_proj", "bits": 8, "symmetric": True},)
-    settings = Settings.of(effort=effort, ignore=ignore, overrides=overrides, tuning_epochs=effort == "high", **scheme)
+    settings = Settings.of(effort=effort, ignore=ignore, overrides=overrides, **scheme)
     layers, out = tmp_path / "layers", tmp_path / "out"
     out.mkdir()
     notes = stream.quantize_layers(source, windows, settings, folder=layers, device="cpu", report=silent)
-    stream.tune_scales(source, windows, settings, folder=layers, seed=0, device="cpu", report=silent)
     stream.write_checkpoint(source, settings, folder=layers, out=out)
 
     opened = open_checkpoint(out, quantized=True)
