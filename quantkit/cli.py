@@ -298,9 +298,10 @@ def evaluate(
 @click.option("--keep-layers", type=click.IntRange(1), help="Or: start from this many of the target's own layers.")
 @click.option("--prompts", default="self:400", show_default=True, help="Text source, or self:N: the target writes N.")
 @click.option(
-    "--layer-choice", type=click.Choice(["evenly", "influence"]), default="evenly", show_default=True,
-    help="Which layers --keep-layers keeps: spread evenly, or those that change the residual stream most.",
+    "--layer-choice", type=click.Choice(["fit", "evenly"]), default="fit", show_default=True,
+    help="Which layers --keep-layers keeps: those that stand best for the ones left out, or spread evenly.",
 )  # fmt: skip
+@click.option("--fit/--no-fit", default=True, help="Whether they are fitted to stand for them, before training.")
 @click.option("--held-out-prompts", type=click.IntRange(1), default=32, show_default=True, help="To measure on.")
 @click.option("--validation-prompts", type=click.IntRange(1), default=16, show_default=True, help="To stop by.")
 @click.option("--prompt-tokens", type=click.IntRange(1), default=128, show_default=True, help="Of the longest prompt.")

@@ -113,7 +113,8 @@ class Draft(Section):
     init: str | None = None  # a smaller checkpoint of the family
     keep_layers: PositiveInt | None = None  # or a subset of the target's own layers
     prompts: str = "self:400"
-    layer_choice: Literal["evenly", "influence"] = "evenly"  # which of the target's layers are kept
+    layer_choice: Literal["fit", "evenly"] = "fit"  # which of the target's layers are kept: those that stand for most
+    fit: bool = True  # whether the kept layers are fitted to stand for those left out, before training
     held_out_prompts: PositiveInt = 32  # never trained on: acceptance is measured on them
     validation_prompts: PositiveInt = 16  # never trained on: they say when to stop
     prompt_tokens: PositiveInt = 128  # longest prompt

@@ -63,7 +63,7 @@ def draft_rows(results: dict[str, Any]) -> list[Row]:
             "tokens a step on validation prompts",
             " -> ".join(f"{length:.2f}" for length in results["epoch_accepted_lengths"]),
         ),
-        ("trained on", f"{results['train_prompts']} prompts, {results['answer_tokens']} answer tokens"),
+        ("trained on", f"{results['train_prompts']} prompts, {results['tokens']} tokens an epoch"),
         ("held out", f"{results['held_out_prompts']} prompts, {results['speculative_tokens']} draft tokens, greedy"),
         ("kept", "4-bit weights" if results["kept"] == "quantized" else "16-bit weights"),
     ]  # fmt: skip

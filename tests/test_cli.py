@@ -22,7 +22,7 @@ FROZEN = {
     "--override --samples --seed --symmetric",
     "engines install": "name",
     "eval": "candidate --device --fresh --length --max-perplexity-drift --out --reference --samples --seed --text",
-    "train-draft": "target --answer-tokens --batch-size --epochs --fresh --held-out-prompts --init --keep-layers "
+    "train-draft": "target --answer-tokens --batch-size --epochs --fit --fresh --held-out-prompts --init --keep-layers "
     "--layer-choice --learning-rate --loss --on-policy --out --patience --prompt-tokens --prompts --quantize --seed "
     "--speculative-tokens --temperature --top-k --validation-prompts",
     "serve bundle": "--draft --fresh --gpu-memory-utilization --kv-cache-dtype --max-model-len "

@@ -1,5 +1,6 @@
 """The whole way from a target to its draft: prompts, answers, acceptance before, training, acceptance after."""
 
+import itertools
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from quantkit import conversations, ranks, vllm_environment
 from quantkit.checkpoint import Checkpoint, open_checkpoint, write_dense
 from quantkit.conversations import Exchange
-from quantkit.draft import acceptance, initialize, teacher, train
+from quantkit.draft import acceptance, fit, initialize, teacher, train
 from quantkit.draft.acceptance import Acceptance, Offline
 from quantkit.draft.teacher import Teacher
 from quantkit.errors import QuantkitError, raise_all
@@ -21,7 +22,7 @@ from quantkit.recipe import Draft
 # vLLM takes the kind of speculation from these words anywhere in a draft's path, whatever `method` says
 PATH_TRAPS = ("eagle-", "eagle3", "dflash", "dspark")
 MEASURED_AT = (0.0, 0.7)  # temperatures
-_WEIGHED_TEXTS = 32  # that layers are chosen by
+_FITTED_TOKENS = 32  # an input of down_proj, that layers are fitted on
 _APART = 2.0  # standard errors that vLLM's count and the logits' may differ by
 
 # Writes a 4-bit copy of a draft (second path), calibrated on texts of the target's.
@@ -65,17 +66,15 @@ def train_draft(
     """
     target = open_checkpoint(target_path)
     _check(target, settings, out)
-    speaking = _speaking_target(target, folder)
+    speaking = speaking_target(target, folder)
     with Session() as session:  # one process for all of vLLM's work: importing it takes longer than a job
         texts = _texts(session, speaking, settings, seed, folder, report)
-        initial = folder / "initial"
-        origin = _initialize(target, settings, texts.training, initial, report)
-        said = teacher.listen(
-            target, texts.training, top_k=settings.top_k, device="cpu", folder=folder / "said", report=report
-        )
+        untouched, initial, origin = _initialize(target, settings, texts.training, folder, report)
+        taught = lessons(texts.training)
+        said = _said(target, taught, settings, folder / "said", report)
         judge = _Judge(session, target, speaking, texts.held_out, settings, seed, folder, report)
-        before = judge.measure(initial, "before")
-        material = train.Material(texts.training, said, texts.validation)
+        before = judge.measure(untouched, "before")
+        material = train.Material(taught, said, texts.validation)
         plan = train.Plan(
             settings.loss, settings.epochs, settings.batch_size, settings.learning_rate, settings.warmup,
             settings.patience, settings.on_policy > 0, settings.speculative_tokens, seed,
@@ -88,6 +87,7 @@ def train_draft(
             trained, open_checkpoint(initial).config, train.load_weights(training.weights), companions=target_path
         )
         judged = {"before": before, "after": judge.measure(trained, "after")}
+        fitted = {} if initial == untouched else judge.by_logits(initial)
         made = {"after": trained}
         if quantize is not None:
             made["quantized"] = folder / "quantized"
@@ -106,7 +106,7 @@ def train_draft(
         "train_prompts": len(texts.training),
         "validation_prompts": len(texts.validation),
         "held_out_prompts": len(texts.held_out[0.0]),
-        "answer_tokens": training.answer_tokens,
+        "tokens": training.tokens,  # an epoch, of prompts and answers
         "answer_temperatures": list(settings.temperatures),
         "steps": training.steps,
         "loss": settings.loss,
@@ -116,6 +116,7 @@ def train_draft(
         "speculative_tokens": settings.speculative_tokens,
         "target_weights": "as stored" if speaking == target_path else "dequantized, as a CPU runs them faster",
         "acceptance": {name: each.summary() for name, each in judged.items()},
+        "fitted": {f"{temperature:g}": each.summary() for temperature, each in fitted.items()},  # before training
         "estimated_speed_up_by_bytes": {name: round(value, 4) for name, value in speed.items()},
         "kept": chosen,
         "engine_and_logits_apart": apart,
@@ -147,7 +148,7 @@ def _check(target: Checkpoint, settings: Draft, out: Path) -> None:
         initialize.check_family(target, open_checkpoint(Path(settings.init)))
 
 
-def _speaking_target(target: Checkpoint, folder: Path) -> Path:
+def speaking_target(target: Checkpoint, folder: Path) -> Path:
     """The checkpoint that vLLM runs to hear the target: itself, or on a CPU a dequantized copy.
 
     vLLM's 4-bit CPU kernel is made for a few sequences at once: with 128 of them the dequantized weights in bfloat16
@@ -188,26 +189,51 @@ def _texts(
     )  # fmt: skip
 
 
+def lessons(exchanges: Sequence[Exchange]) -> list[Exchange]:
+    """The exchanges with all but the beginning that all prompts share as answers: prompts teach as well.
+
+    The target reads them anyway, and what it would say within them is as good to learn as what it says behind them.
+    """
+    columns = zip(*(exchange.prompt for exchange in exchanges), strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda column: len(set(column)) == 1, columns)) or 1
+    return [Exchange(prompt[:shared], prompt[shared:] + answer) for prompt, answer in exchanges]
+
+
 def _initialize(
-    target: Checkpoint, settings: Draft, training: Sequence[Exchange], initial: Path, report: Report
-) -> str:  # fmt: skip
-    """Write the draft as training will find it; returns where it comes from."""
+    target: Checkpoint, settings: Draft, training: Sequence[Exchange], folder: Path, report: Report
+) -> tuple[Path, Path, str]:
+    """Write the draft as it was and as training will find it (the same, or fitted), and say where it comes from."""
+    untouched, fitted = folder / "untouched", folder / "fitted"
     if settings.keep_layers is None:
         assert settings.init is not None
         source = open_checkpoint(Path(settings.init))
-        if not (initial / "config.json").exists():
+        if not (untouched / "config.json").exists():
             config, weights = initialize.from_checkpoint(target, source)
-            initialize.write_draft(initial, config, weights, companions=target.path)
-        return f"checkpoint {source.path.name}"
+            initialize.write_draft(untouched, config, weights, companions=target.path)
+        return untouched, untouched, f"checkpoint {source.path.name}"
+    texts = [text.prompt + text.answer for text in training]
     if settings.layer_choice == "evenly":
         kept = initialize.evenly_spaced(target.arch.num_layers, settings.keep_layers)
     else:
-        texts = [text.prompt + text.answer for text in training[:_WEIGHED_TEXTS]]
-        kept = initialize.most_influential(target, texts, settings.keep_layers, device="cpu", report=report)
-    if not (initial / "config.json").exists():
+        kept = fit.choose(target, texts, settings.keep_layers, device="cpu", report=report)
+    if not (untouched / "config.json").exists():
         config, weights = initialize.from_layers(target, kept)
-        initialize.write_draft(initial, config, weights, companions=target.path)
-    return f"layers {', '.join(map(str, kept))} of the target"
+        initialize.write_draft(untouched, config, weights, companions=target.path)
+    if settings.fit and not (fitted / "config.json").exists():
+        begin = fit.first(texts, _FITTED_TOKENS * target.arch.intermediate_size)
+        config, weights = initialize.from_layers(target, kept)
+        weights |= fit.fitted(target, kept, begin, device="cpu", report=report)
+        initialize.write_draft(fitted, config, weights, companions=target.path)
+    origin = f"layers {', '.join(map(str, kept))} of the target" + (", fitted" if settings.fit else "")
+    return untouched, fitted if settings.fit else untouched, origin
+
+
+def _said(
+    target: Checkpoint, exchanges: Sequence[Exchange], settings: Draft, folder: Path, report: Report
+) -> Teacher:  # fmt: skip
+    if settings.loss == train.CROSS_ENTROPY:
+        return teacher.silent(target)
+    return teacher.listen(target, exchanges, top_k=settings.top_k, device="cpu", folder=folder, report=report)
 
 
 class _Judge:
@@ -226,22 +252,24 @@ class _Judge:
             for heat, texts in held_out.items()
         }
 
-    def measure(self, draft: Path, when: str) -> Judged:
-        """Acceptance at every temperature; vLLM's CPU build garbles speculation above 0 and is asked at 0 alone."""
-        k = self.settings.speculative_tokens
+    def by_logits(self, draft: Path) -> dict[float, Offline]:
+        """Acceptance at every temperature, without vLLM."""
         model = train.build_model(open_checkpoint(draft), dtype=torch.float32).eval()
-        offline = {
+        k = self.settings.speculative_tokens
+        return {
             heat: train.offline_acceptance(model, texts, self.said[heat], temperature=heat, k=k)
             for heat, texts in self.held_out.items()
         }
-        del model
-        counted = {}
+
+    def measure(self, draft: Path, when: str) -> Judged:
+        """Acceptance at every temperature; vLLM's CPU build garbles speculation above 0 and is asked at 0 alone."""
+        offline, counted = self.by_logits(draft), {}
         for heat, texts in self.held_out.items():
             if heat == 0 or not vllm_environment.is_cpu_build():
                 counted[heat] = acceptance.measure(
-                    self.session, self.speaking, draft, texts, k=k, longest=self.settings.answer_tokens,
-                    folder=self.folder / f"{when}-{heat:g}", report=self.report, what=f"acceptance on vLLM, {when}",
-                    temperature=heat, seed=self.seed,
+                    self.session, self.speaking, draft, texts, k=self.settings.speculative_tokens,
+                    longest=self.settings.answer_tokens, folder=self.folder / f"{when}-{heat:g}", report=self.report,
+                    what=f"acceptance on vLLM, {when}", temperature=heat, seed=self.seed,
                 )  # fmt: skip
         return Judged(offline, counted)
 
@@ -265,10 +293,7 @@ def _replay(
             session, draft, prompts, longest=settings.answer_tokens, seed=seed + epoch, folder=own, report=report,
             temperatures=(1.0,), what="the draft answers",
         )  # fmt: skip
-        said = teacher.listen(
-            target, answers, top_k=settings.top_k, device="cpu", folder=own / "said", report=report
-        )  # fmt: skip
-        return train.Material(answers, said, [])
+        return train.Material(answers, _said(target, answers, settings, own / "said", report), [])
 
     return replay
 

@@ -80,7 +80,7 @@ def listen(
     folder.mkdir(parents=True, exist_ok=True)
     arch = target.arch
     outer = target.outer()
-    head_VC = outer["model.embed_tokens.weight" if arch.tied_embeddings else "lm_head.weight"]
+    head_VC = _head(target, outer)
     groups = list(_groups(exchanges, arch.hidden_size))
     files = [folder / f"said-{number:05d}.safetensors" for number in range(len(groups))]
     missing = [number for number, path in enumerate(files) if not path.exists()]
@@ -99,6 +99,15 @@ def listen(
         save_tensors(files[number], {f"{name}-{index}": t for index, one in pairs for name, t in one.items()})
     of = {index: path for group, path in zip(groups, files, strict=True) for index in group}
     return Teacher([of[index] for index in range(len(exchanges))], head_VC)
+
+
+def silent(target: Checkpoint) -> Teacher:
+    """A teacher who says nothing: for a loss that asks for the texts' tokens alone."""
+    return Teacher([], _head(target, target.outer()))
+
+
+def _head(target: Checkpoint, outer: dict[str, Tensor]) -> Tensor:
+    return outer["model.embed_tokens.weight" if target.arch.tied_embeddings else "lm_head.weight"]
 
 
 def _check_room(arch: Architecture, answer_tokens: int, top_k: int | None, folder: Path) -> None:

@@ -57,7 +57,7 @@ class Training(NamedTuple):
     """What training saw, epoch by epoch; `weights` are those after the best one."""
 
     steps: int
-    answer_tokens: int  # of one epoch
+    tokens: int  # of one epoch, that were learned
     losses: list[float]  # mean a token
     accepted_lengths: list[float]  # on the validation prompts
     best_epoch: int  # from 1
