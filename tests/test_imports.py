@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1] / "quantkit"
 # Lower rooms first. A module may import modules of lower rooms and of its own, never of a higher one.
 ROOMS = [
     {"errors", "__init__"},
-    {"provenance", "progress", "formats", "hardware", "losses", "shards"},
+    {"provenance", "progress", "formats", "hardware", "losses", "shards", "speculation"},
     {"quantization_config", "vllm_support", "processes"},
     {"artifacts", "architecture", "ranks"},
     {"recipe", "checkpoint", "decoder", "text", "gguf", "vllm_environment", "vllm_plugin", "vllm_kernel"},
