@@ -1,4 +1,4 @@
-"""Batches through the real vLLM, in a child process: answers, acceptance, log-probabilities.
+"""Batches through the real vLLM, in a child process: answers, acceptance, log-probabilities, seconds of a step.
 
 A child, because vLLM takes threads and environment at import and keeps memory for good. It runs one engine in one
 process (started in seconds on a CPU) and writes each finished request as a JSON line, so that a killed job resumes
@@ -22,6 +22,7 @@ from quantkit import artifacts, processes, vllm_environment
 from quantkit.errors import QuantkitError
 
 DONE = "done"  # what the child says of a finished job
+TIMING_NAME, SECONDS_NAME = "timing.json", "seconds.json"
 
 
 class Request(BaseModel):
@@ -47,12 +48,11 @@ class Result(BaseModel):
     prompt_logprobs: list[float] | None = None  # nats, of tokens 1.. of the prompt
 
 
-class Job(BaseModel):
-    """An engine and the requests that go through it, all at once."""
+class Engine(BaseModel):
+    """How vLLM is started."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     model: str
-    requests: list[Request]
     max_model_len: int
     max_num_seqs: int = 128
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
@@ -61,6 +61,34 @@ class Job(BaseModel):
     kv_cache_dtype: str = "auto"
     kv_cache_bytes: int = 1 << 30
     seed: int = 0
+
+
+class Job(Engine):
+    """An engine and the requests that go through it, all at once."""
+
+    requests: list[Request]
+
+
+class Timing(Engine):
+    """An engine whose decode steps are timed: batch after batch, each over the first so many of the prompts.
+
+    What is generated, greedily and past any EOS, is thrown away: a batch ends after `steps` steps.
+    """
+
+    prompts: list[list[int]]
+    batches: list[int]  # sequences of each
+    steps: int
+
+
+class Seconds(BaseModel):
+    """Of each batch of a Timing, the seconds of each step in which every sequence of it was decoded; and where.
+
+    On a CPU they are those that the engine's main thread computed: other work on the machine does not count.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    machine: str
+    steps: list[list[float]]
 
 
 class Speculation(BaseModel):
@@ -120,6 +148,21 @@ class Session:
             raise QuantkitError(f"vLLM ended without answers to {len(missing)} requests; see {self._log_path}")
         speculation = Speculation.model_validate_json(counters.read_bytes()) if job.draft is not None else None
         return [found[request.name] for request in job.requests], speculation
+
+    def time(self, timing: Timing, folder: Path) -> Seconds:
+        """Seconds of the decode steps of each batch; `folder` keeps what was measured, and it is not measured again.
+
+        Raises:
+            QuantkitError: vLLM is not installed, or the child failed; with the telling line of its log.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        timing_path, seconds_path = folder / TIMING_NAME, folder / SECONDS_NAME
+        text = timing.model_dump_json()
+        if not (seconds_path.exists() and timing_path.exists() and timing_path.read_text() == text):
+            seconds_path.unlink(missing_ok=True)
+            artifacts.write_text(timing_path, text)
+            self._ask(folder, lambda: None)
+        return Seconds.model_validate_json(seconds_path.read_bytes())
 
     def close(self) -> None:
         """End the child, if there is one."""

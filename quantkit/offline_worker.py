@@ -1,13 +1,25 @@
-"""The child of `quantkit.offline`: an engine for each job, a JSON line for each result."""
+"""The child of `quantkit.offline`: an engine for each job, a JSON line for each result, or the seconds of its steps."""
 
 import json
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
-from quantkit import artifacts, hardware, vllm_environment
-from quantkit.offline import DONE, Job, Request, Result, Speculation
+from quantkit import artifacts, hardware, provenance, vllm_environment
+from quantkit.offline import (
+    DONE,
+    SECONDS_NAME,
+    TIMING_NAME,
+    Engine,
+    Job,
+    Request,
+    Result,
+    Seconds,
+    Speculation,
+    Timing,
+)
 
 
 def main() -> None:
@@ -16,41 +28,21 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     for line in sys.stdin:
-        run(Path(line.rstrip("\n")))
+        folder = Path(line.rstrip("\n"))
+        (time_steps if (folder / TIMING_NAME).exists() else run)(folder)
         answers.write(f"{DONE}\n")
 
 
 def run(folder: Path) -> None:
     """Run the job in `folder`; requests that already have a result are left out."""
     parent = os.getppid()
-    from vllm import LLM
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
     job = Job.model_validate_json((folder / "job.json").read_bytes())
     results_path = folder / "results.jsonl"
     lines = results_path.read_text().splitlines() if results_path.exists() else []
     done = {json.loads(line)["name"] for line in lines}
-    settings: dict[str, object] = {}
-    if job.draft is not None:
-        settings["speculative_config"] = {
-            "method": "draft_model", "model": job.draft, "num_speculative_tokens": job.speculative_tokens,
-        }  # fmt: skip
-    dtype: str = job.dtype
-    on_cpu = vllm_environment.is_cpu_build()
-    if on_cpu:
-        # float16, which a float16 checkpoint would keep, has no fast kernel on most processors
-        dtype = _fast_dtype(Path(job.model)) if dtype == "auto" else dtype
-        # Whole prompts: after half a one vLLM 0.32 rewinds the request's random generator, which a CPU's cannot
-        # ("CPU Generator does not use offset").
-        settings |= {
-            "kv_cache_memory_bytes": job.kv_cache_bytes, "block_size": 32, "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(8192, job.max_model_len),
-        }  # fmt: skip
-    llm = LLM(
-        model=job.model, max_model_len=job.max_model_len, max_num_seqs=job.max_num_seqs, dtype=dtype,
-        kv_cache_dtype=job.kv_cache_dtype, seed=job.seed, load_format="safetensors", enforce_eager=on_cpu,
-        disable_log_stats=False, skip_tokenizer_init=True, **settings,
-    )  # fmt: skip
+    llm = _start(job)
     engine = llm.llm_engine
     for request in job.requests:
         if request.name not in done:
@@ -58,8 +50,7 @@ def run(folder: Path) -> None:
     before = _counters(llm.get_metrics())
     with results_path.open("a", buffering=1) as stream:
         while engine.has_unfinished_requests():
-            if os.getppid() != parent:
-                sys.exit("whoever asked is gone")
+            _end_with(parent)
             for output in engine.step():
                 if output.finished:
                     stream.write(_result(output).model_dump_json() + "\n")
@@ -68,6 +59,90 @@ def run(folder: Path) -> None:
         artifacts.write_text(folder / "speculation.json", speculation.model_dump_json())
     del llm, engine
     cleanup_dist_env_and_memory()
+
+
+def time_steps(folder: Path) -> None:
+    """Time the decode steps that `folder` asks for."""
+    parent = os.getppid()
+    from vllm import SamplingParams
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    timing = Timing.model_validate_json((folder / TIMING_NAME).read_bytes())
+    llm = _start(timing)
+    engine = llm.llm_engine
+    # On a CPU, where the engine runs in this thread, the seconds that it computes (barriers are slept through): on a
+    # busy machine the wall clock tells many times that, and other times of the next engine. On a GPU only it knows.
+    clock = time.thread_time if vllm_environment.is_cpu_build() else time.perf_counter
+    found: list[list[float]] = []
+    for number, size in enumerate(timing.batches):
+        names = [f"{number}-{place}" for place in range(size)]
+        for name, prompt in zip(names, timing.prompts, strict=False):
+            room = timing.max_model_len - len(prompt)
+            sampling = SamplingParams(temperature=0, max_tokens=room, ignore_eos=True, detokenize=False)
+            engine.add_request(name, {"prompt_token_ids": prompt}, sampling)
+        begun: set[str] = set()
+        steps_s: list[float] = []
+        last_s = clock()
+        while len(steps_s) < timing.steps:
+            _end_with(parent)
+            decoding = len(begun) == size
+            outputs = engine.step()
+            # from one return to the next: an engine in another process works while this one does not wait for it
+            now_s = clock()
+            if decoding:
+                steps_s.append(now_s - last_s)
+            last_s = now_s
+            begun |= {output.request_id for output in outputs}
+            assert not any(output.finished for output in outputs), "max_model_len leaves no room for the steps"
+        engine.abort_request(names)
+        while engine.has_unfinished_requests():
+            engine.step()
+        found.append(steps_s)
+    artifacts.write_text(folder / SECONDS_NAME, Seconds(machine=_machine(), steps=found).model_dump_json())
+    del llm, engine
+    cleanup_dist_env_and_memory()
+
+
+def _machine() -> str:
+    """What the engine runs on, in words."""
+    if vllm_environment.is_cpu_build():
+        threads = int(os.environ["OMP_NUM_THREADS"])
+        return f"{provenance.machine()['processor']}, {threads} thread{'s' if threads > 1 else ''}"
+    from vllm.platforms import current_platform
+
+    return str(current_platform.get_device_name())
+
+
+def _end_with(parent: int) -> None:
+    if os.getppid() != parent:
+        sys.exit("whoever asked is gone")
+
+
+def _start(engine: Engine) -> Any:
+    """vLLM's `LLM`."""
+    from vllm import LLM
+
+    settings: dict[str, object] = {}
+    if engine.draft is not None:
+        settings["speculative_config"] = {
+            "method": "draft_model", "model": engine.draft, "num_speculative_tokens": engine.speculative_tokens,
+        }  # fmt: skip
+    dtype: str = engine.dtype
+    on_cpu = vllm_environment.is_cpu_build()
+    if on_cpu:
+        # float16, which a float16 checkpoint would keep, has no fast kernel on most processors
+        dtype = _fast_dtype(Path(engine.model)) if dtype == "auto" else dtype
+        # Whole prompts: after half a one vLLM 0.32 rewinds the request's random generator, which a CPU's cannot
+        # ("CPU Generator does not use offset").
+        settings |= {
+            "kv_cache_memory_bytes": engine.kv_cache_bytes, "block_size": 32, "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(8192, engine.max_model_len),
+        }  # fmt: skip
+    return LLM(
+        model=engine.model, max_model_len=engine.max_model_len, max_num_seqs=engine.max_num_seqs, dtype=dtype,
+        kv_cache_dtype=engine.kv_cache_dtype, seed=engine.seed, load_format="safetensors", enforce_eager=on_cpu,
+        disable_log_stats=False, skip_tokenizer_init=True, **settings,
+    )  # fmt: skip
 
 
 def _fast_dtype(model: Path) -> str:
