@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantkit import artifacts
+from quantkit import artifacts, speculation
 from quantkit.artifacts import Manifest
 from quantkit.progress import spoken
 
@@ -65,8 +65,24 @@ def draft_rows(results: dict[str, Any]) -> list[Row]:
         ),
         ("trained on", f"{results['train_prompts']} prompts, {results['tokens']} tokens an epoch"),
         ("held out", f"{results['held_out_prompts']} prompts, {results['speculative_tokens']} draft tokens, greedy"),
-        ("kept", "4-bit weights" if results["kept"] == "quantized" else "16-bit weights"),
+        ("kept", _kept(results)),
+        *_plan_rows(results),
     ]  # fmt: skip
+
+
+def _kept(results: dict[str, Any]) -> str:
+    """Which weights and, where there were two to choose from, what was expected of either."""
+    words = {"after": "16-bit", "quantized": "4-bit"}
+    expected = [f"{words[name]} {each['gpu']:.2f}" for name, each in results["expected_speed_up"].items()]
+    told = f" ({', '.join(expected)} times as fast, one sequence at once on GPUs)" if len(expected) > 1 else ""
+    return f"{words[results['kept']]} weights{told}"
+
+
+def _plan_rows(results: dict[str, Any]) -> list[Row]:
+    return [
+        (f"expected on {speculation.PLACES[profile]}", f"{speculation.in_words(plan)} ({plan.basis})")
+        for profile, plan in speculation.read(results).items()
+    ]
 
 
 def _length(counted: dict[str, Any]) -> str:

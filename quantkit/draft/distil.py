@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit import conversations, ranks, vllm_environment
+from quantkit import conversations, ranks, speculation, vllm_environment
 from quantkit.checkpoint import Checkpoint, open_checkpoint, write_dense
 from quantkit.conversations import Exchange
-from quantkit.draft import acceptance, fit, initialize, teacher, train
+from quantkit.draft import acceptance, fit, initialize, plan, teacher, train
 from quantkit.draft.acceptance import Acceptance, Offline
 from quantkit.draft.teacher import Teacher
 from quantkit.errors import QuantkitError, raise_all
@@ -75,13 +75,13 @@ def train_draft(
         judge = _Judge(session, target, speaking, texts.held_out, settings, seed, folder, report)
         before = judge.measure(untouched, "before")
         material = train.Material(taught, said, texts.validation)
-        plan = train.Plan(
+        course = train.Plan(
             settings.loss, settings.epochs, settings.batch_size, settings.learning_rate, settings.warmup,
             settings.patience, settings.on_policy > 0, settings.speculative_tokens, seed,
         )  # fmt: skip
-        hand_out(train.Order(initial, material, plan, folder))
+        hand_out(train.Order(initial, material, course, folder))
         replay = _replay(session, target, texts.training, settings, seed, initial, report)
-        training = train.train(initial, material, plan, folder=folder, report=report, replay=replay)
+        training = train.train(initial, material, course, folder=folder, report=report, replay=replay)
         trained = folder / "trained"
         initialize.write_draft(
             trained, open_checkpoint(initial).config, train.load_weights(training.weights), companions=target_path
@@ -94,8 +94,13 @@ def train_draft(
             if not (made["quantized"] / "config.json").exists():
                 quantize(trained, made["quantized"], [text.prompt + text.answer for text in texts.training])
             judged["quantized"] = judge.measure(made["quantized"], "quantized")
-    speed = {name: _speed(judged[name], path, target, settings.speculative_tokens) for name, path in made.items()}
-    chosen = max(speed, key=lambda name: speed[name])
+        plans = plan.plans(
+            session, target_path, made, {name: judged[name].vllm[0.0] for name in made}, folder=folder / "steps",
+            report=report,
+        )  # fmt: skip
+    # A GPU is what a draft is for, measured where there is one; by that plan the better draft is kept.
+    on_gpu = {name: next(each for each in found if each.profile == "gpu") for name, found in plans.items()}
+    chosen = max(on_gpu, key=lambda name: on_gpu[name].loads[0].best.speedup)
     for file in sorted(made[chosen].iterdir()):
         shutil.copy2(file, out / file.name)
     conversations.save_exchanges(out / "held_out.jsonl", texts.held_out[0.0])
@@ -117,10 +122,13 @@ def train_draft(
         "target_weights": "as stored" if speaking == target_path else "dequantized, as a CPU runs them faster",
         "acceptance": {name: each.summary() for name, each in judged.items()},
         "fitted": {f"{temperature:g}": each.summary() for temperature, each in fitted.items()},  # before training
-        "estimated_speed_up_by_bytes": {name: round(value, 4) for name, value in speed.items()},
+        "expected_speed_up": {
+            name: {each.profile: each.loads[0].best.speedup for each in found} for name, found in plans.items()
+        },
         "kept": chosen,
+        "kept_by": f"expected speed-up on GPUs, one sequence at once: {on_gpu[chosen].basis}",
         "engine_and_logits_apart": apart,
-    }
+    } | speculation.summary(plans[chosen])
 
 
 def _check(target: Checkpoint, settings: Draft, out: Path) -> None:
@@ -296,15 +304,6 @@ def _replay(
         return train.Material(answers, _said(target, answers, settings, own / "said", report), [])
 
     return replay
-
-
-def _speed(judged: Judged, draft: Path, target: Checkpoint, k: int) -> float:
-    """Estimated tokens a second with the draft over those without, where bytes of weights read are all that counts.
-
-    accepted length / (1 + k c), c the draft's bytes over the target's (arXiv 2211.17192, theorem 3.8).
-    """
-    ours, theirs = (sum(file.stat().st_size for file in path.glob("*.safetensors")) for path in (draft, target.path))
-    return judged.vllm[0.0].length / (1 + k * ours / theirs)
 
 
 def _apart(judged: dict[str, Judged]) -> list[str]:

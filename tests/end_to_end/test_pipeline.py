@@ -31,6 +31,7 @@ def finished(recipe: Path, quantkit: Quantkit, tmp_path_factory: pytest.TempPath
     done = quantkit("run", recipe, "--out", out)
     assert done.exit_code == 0, done.stderr[-3000:]
     assert f"bundle  {out / 'bundle'}" in done.stderr
+    assert all(row in done.stderr for row in ("expected on a CPU", "expected on GPUs"))
     return out
 
 
@@ -58,6 +59,21 @@ def test_the_draft_was_measured_before_and_after_by_vllm(finished: Path) -> None
     assert results["epoch_losses"][1] < results["epoch_losses"][0]
     kept = json.loads((finished / "draft" / "config.json").read_text())
     assert ("quantization_config" in kept) == (results["kept"] == "quantized")
+
+
+def test_the_draft_has_plans(finished: Path) -> None:
+    results = _results(finished, "draft")
+    plans = {plan["profile"]: plan for plan in results["plan"]}
+    assert {profile: plan["origin"] for profile, plan in plans.items()} == {"cpu": "measured", "gpu": "estimated"}
+    for plan in plans.values():
+        assert all(load["step_s"] > 0 for load in plan["loads"]) and plan["measured_positions"] == 3
+    counted = results["acceptance"][results["kept"]]["0"]["vllm"]
+    assert plans["cpu"]["accepted_length"][2] == pytest.approx(counted["accepted_length"], rel=1e-3)
+    expected = {name: each["gpu"] for name, each in results["expected_speed_up"].items()}
+    assert (
+        expected.keys() == {"after", "quantized"} and max(expected, key=lambda name: expected[name]) == results["kept"]
+    )
+    assert "an estimate" in results["kept_by"]
 
 
 def test_vllm_counts_what_the_simulation_counts(finished: Path) -> None:
