@@ -378,7 +378,11 @@ def serve() -> None:
 @click.option("--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--kv-cache-dtype", default="auto", show_default=True, help="auto, fp8, fp8_e4m3 or fp8_e5m2.")
 @click.option("--prefix-caching/--no-prefix-caching", default=True, show_default=True)
-@click.option("--speculative-tokens", type=click.IntRange(1), default=4, show_default=True)
+@click.option(
+    "--speculate", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True,
+    help="auto: where the draft's plan is sure that it pays at every load; without a plan always.",
+)  # fmt: skip
+@click.option("--speculative-tokens", type=click.IntRange(1), help="Instead of the plan's; without a plan 4.")
 @_fresh
 @_friendly
 def serve_bundle(
@@ -390,7 +394,7 @@ def serve_bundle(
     Example:
       quantkit serve bundle --target llama-w4 --draft draft --report report --out bundle
     """
-    from quantkit import recipe, stages
+    from quantkit import recipe, stages, summary
 
     given = {name: value for name, value in settings.items() if value is not None}
     checked = recipe.check(recipe.Serve, given, where="serve bundle")
@@ -398,6 +402,8 @@ def serve_bundle(
     manifest = stages.run_stage(stage, out, display=_display(), replace=fresh)
     for warning in manifest.results["warnings"]:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
+    for name, value in summary.speculation_rows(manifest.results):
+        click.echo(f"{name}: {value}", err=True)
     click.echo(str(out))
 
 

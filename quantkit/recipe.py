@@ -158,7 +158,8 @@ class Serve(Section):
     tensor_parallel_size: PositiveInt = 1
     kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "fp8"
     prefix_caching: bool = True
-    speculative_tokens: PositiveInt = 4
+    speculate: Literal["auto", "always", "never"] = "auto"  # auto: where the draft's plan is sure that it pays
+    speculative_tokens: PositiveInt | None = None  # the draft's plan's, or 4 where it has none
 
 
 class Recipe(Section):

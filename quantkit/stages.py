@@ -325,12 +325,17 @@ def bundle(target: Path, *, draft: Path | None, report_dir: Path | None, setting
     """Target, draft and report as a directory that `vllm serve --config` serves."""
 
     def make(work: Work, report: Report) -> None:
+        from quantkit import speculation
         from quantkit.serve import bundle as bundles
         from quantkit.serve.settings import from_recipe
 
         report("writing the bundle", 0, 0)
-        flags, sources = from_recipe(settings, target, has_draft=draft is not None)
-        bundles.build(work, target=target, draft=draft, report=report_dir, settings=flags, sources=sources)
+        manifest = artifacts.read_manifest(draft) if draft else None
+        plans = speculation.read(manifest.results if manifest else {}) if draft else None
+        flags, sources, decisions = from_recipe(settings, target, plans=plans)
+        bundles.build(
+            work, target=target, draft=draft, report=report_dir, settings=flags, sources=sources, decisions=decisions
+        )
 
     inputs = {"target": target} | ({"draft": draft} if draft else {}) | ({"report": report_dir} if report_dir else {})
     return Stage("bundle", "bundle", inputs, {"serve": settings.model_dump()}, make)

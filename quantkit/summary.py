@@ -85,6 +85,11 @@ def _plan_rows(results: dict[str, Any]) -> list[Row]:
     ]
 
 
+def speculation_rows(results: dict[str, Any]) -> list[Row]:
+    """Whether a bundle speculates on each kind of machine, and why."""
+    return [(f"speculation on {speculation.PLACES[name]}", why) for name, why in results["speculation"].items()]
+
+
 def _length(counted: dict[str, Any]) -> str:
     error = counted["accepted_length_error"]
     return f"{counted['accepted_length']:.2f}" + (f" +- {error:.2f}" if error else "")
@@ -131,7 +136,7 @@ def print_run(console: "Console", out: Path, manifests: dict[str, Manifest]) -> 
     """The run's table and where the bundle and the report are."""
     parts = (
         ("target", "Quantized target", quantized_rows), ("report", "Against FP16", evaluation_rows),
-        ("draft", "Draft", draft_rows), ("served", "Served", served_rows),
+        ("draft", "Draft", draft_rows), ("bundle", "Bundle", speculation_rows), ("served", "Served", served_rows),
     )  # fmt: skip
     for folder, title, rows in parts:
         if folder in manifests:

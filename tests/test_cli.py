@@ -26,7 +26,7 @@ FROZEN = {
     "--layer-choice --learning-rate --loss --on-policy --out --patience --prompt-tokens --prompts --quantize --seed "
     "--speculative-tokens --temperature --top-k --validation-prompts",
     "serve bundle": "--draft --fresh --gpu-memory-utilization --kv-cache-dtype --max-model-len "
-    "--max-num-batched-tokens --max-num-seqs --out --prefix-caching --report --served-model-name "
+    "--max-num-batched-tokens --max-num-seqs --out --prefix-caching --report --served-model-name --speculate "
     "--speculative-tokens --target --tensor-parallel-size",
     "serve check": "bundle",
     "serve up": "bundle --log --port --probe --profile",

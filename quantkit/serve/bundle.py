@@ -10,11 +10,14 @@ from tokenizers import Tokenizer
 
 from quantkit import artifacts, provenance
 from quantkit.errors import QuantkitError, raise_all
+from quantkit.serve import picture, sizing
 from quantkit.serve import settings as flags
-from quantkit.serve import sizing
-from quantkit.serve.settings import CONFIG_FILES, DRAFT_DIR, TARGET_DIR, Profile, ServeSettings
+from quantkit.serve.settings import CONFIG_FILES, DRAFT_DIR, TARGET_DIR, ServeSettings
+from quantkit.speculation import PLACES, RESULTS_KEY, STANDARD_ERRORS, Decision, Plan, Profile, drafted
+from quantkit.speculation import read as read_plans
 
 REPORT_DIR = "report"
+PICTURE = "speculation.svg"
 BUNDLE_JSON = "bundle.json"
 SUMS_NAME = "SHA256SUMS"
 
@@ -40,6 +43,7 @@ def build(
     report: Path | None,
     settings: ServeSettings,
     sources: Mapping[str, str],
+    decisions: Mapping[Profile, Decision] | None = None,
 ) -> None:
     """Write the bundle into `work.out`. Everything is checked before the first byte is written.
 
@@ -47,13 +51,18 @@ def build(
 
     Args:
         target: checkpoint directory that is served.
-        draft: the draft's, or None to serve without speculation.
+        draft: the draft's, or None to serve without speculation. Where no profile of the settings speculates it is left
+            out, and what its plan says is kept.
         report: evaluation report directory, whose files are carried as evidence.
         sources: setting name -> where its value came from, for the comments in the YAML files.
+        decisions: why each profile speculates or not, for the README.
 
     Raises:
         QuantkitError: all that keeps vLLM from serving this pair with these settings.
     """
+    planned = artifacts.read_manifest(draft) if draft else None
+    plans = read_plans(planned.results) if planned else {}
+    draft = draft if settings.speculates or not decisions else None
     raise_all(_all_problems(target, draft, report, settings))
     _empty(work.out)
     left_out = {TARGET_DIR: _carry_checkpoint(target, work.out / TARGET_DIR)}
@@ -64,12 +73,22 @@ def build(
     for profile in CONFIG_FILES:
         path = work.out / CONFIG_FILES[profile]
         path.parent.mkdir(exist_ok=True)
-        artifacts.write_text(path, flags.to_yaml(settings, profile, draft is not None, sources=sources))
-    record = _record(target, draft, report, settings, sources, left_out)
+        artifacts.write_text(path, flags.to_yaml(settings, profile, sources=sources))
+    if plans:
+        artifacts.write_text(work.out / PICTURE, picture.speedups(list(plans.values())))
+    record = _record(target, draft, report, settings, sources, left_out) | {
+        "speculation": {
+            "decisions": {profile: decision._asdict() for profile, decision in (decisions or {}).items()},
+            "plans": {profile: plan.model_dump(mode="json") for profile, plan in plans.items()},
+        }
+    }
     artifacts.write_json(work.out / BUNDLE_JSON, record)
-    artifacts.write_text(work.out / "README.md", render_readme(record, settings))
+    artifacts.write_text(work.out / "README.md", render_readme(record, settings, plans))
     artifacts.write_text(work.out / SUMS_NAME, sums_text(work.out))
-    work.results.update(measured=record["measured"], warnings=record["warnings"])
+    work.results.update(
+        measured=record["measured"], warnings=record["warnings"],
+        speculation={profile: decision.why for profile, decision in (decisions or {}).items()},
+    )  # fmt: skip
 
 
 def templates() -> Path:
@@ -135,7 +154,7 @@ def sums_text(bundle: Path) -> str:
     return "".join(f"{record.sha256}  {name}\n" for name, record in sorted(records.items()) if name != SUMS_NAME)
 
 
-def render_readme(record: Mapping[str, Any], settings: ServeSettings) -> str:
+def render_readme(record: Mapping[str, Any], settings: ServeSettings, plans: Mapping[Profile, Plan]) -> str:
     """The bundle's README.md."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(templates()),
@@ -146,8 +165,9 @@ def render_readme(record: Mapping[str, Any], settings: ServeSettings) -> str:
     )
     measured = {stage: list(_flat(results)) for stage, results in record["measured"].items()}
     return environment.get_template("bundle_readme.md.j2").render(
-        bundle=record, settings=settings, configs=CONFIG_FILES, measured={k: v for k, v in measured.items() if v}
-    )
+        bundle=record, settings=settings, configs=CONFIG_FILES, measured={k: v for k, v in measured.items() if v},
+        plans=plans, places=PLACES, errors=STANDARD_ERRORS, drafted=drafted,
+    )  # fmt: skip
 
 
 def _all_problems(target: Path, draft: Path | None, report: Path | None, settings: ServeSettings) -> list[str]:
@@ -247,7 +267,12 @@ def _record(
         "kv_cache": _kv_record(settings, config, draft_config),
         "settings": settings.model_dump(),
         "sources": {name: sources.get(name, "default") for name in ServeSettings.model_fields},
-        "measured": {name: manifest.results for name, manifest in manifests.items() if manifest},
+        "measured": {
+            # a draft's plans stand by themselves
+            name: {key: value for key, value in manifest.results.items() if key != RESULTS_KEY}
+            for name, manifest in manifests.items()
+            if manifest
+        },
         "warnings": warnings,
         "left_out": {name: names for name, names in left_out.items() if names},
         "versions": provenance.versions(),

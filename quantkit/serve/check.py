@@ -14,7 +14,8 @@ from quantkit import artifacts, vllm_environment
 from quantkit.errors import QuantkitError
 from quantkit.serve import bundle as bundles
 from quantkit.serve import sizing
-from quantkit.serve.settings import CONFIG_FILES, DRAFT_DIR, PATH_TRAPS, TARGET_DIR, Profile
+from quantkit.serve.settings import CONFIG_FILES, DRAFT_DIR, PATH_TRAPS, TARGET_DIR
+from quantkit.speculation import Profile
 
 _PARSE_TIMEOUT_S = 1200  # half a minute as a rule; importing vLLM takes minutes from a cold, busy disk
 
@@ -115,6 +116,7 @@ def _check_record(bundle: Path, record: dict[str, Any]) -> Check:
 def _check_paths(bundle: Path, has_draft: bool) -> Check:
     """Paths in the settings files are relative, lead inside the bundle, and hold no word that misleads vLLM."""
     problems = []
+    used = False
     for file in CONFIG_FILES.values():
         try:
             flags = yaml.safe_load((bundle / file).read_text(encoding="utf-8"))
@@ -122,8 +124,9 @@ def _check_paths(bundle: Path, has_draft: bool) -> Check:
             problems.append(f"{file} cannot be read: {error}")
             continue
         speculation = flags.get("speculative-config")
-        if (speculation is not None) != has_draft:
-            problems.append(f"{file}: speculative-config and the folder {DRAFT_DIR} must be there both or not at all")
+        used = used or speculation is not None
+        if speculation is not None and not has_draft:
+            problems.append(f"{file}: speculative-config without the folder {DRAFT_DIR}")
         models = [str(flags.get("model"))] + ([str(speculation.get("model"))] if speculation else [])
         for model in models:
             if Path(model).is_absolute() or not (bundle / model).resolve().is_relative_to(bundle.resolve()):
@@ -132,6 +135,8 @@ def _check_paths(bundle: Path, has_draft: bool) -> Check:
         problems += [f"{file}: {key} is dropped by vLLM: write dashes" for key in flags if "_" in key]
         if "quantization" in flags:
             problems.append(f"{file}: quantization must be left to the checkpoint")
+    if has_draft and not used:
+        problems.append(f"the folder {DRAFT_DIR} is there and no settings file has a speculative-config")
     return _of_problems("settings files", problems, good="relative paths, no trap")
 
 

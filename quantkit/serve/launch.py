@@ -20,7 +20,8 @@ from quantkit import processes, vllm_environment
 from quantkit.errors import QuantkitError
 from quantkit.serve import bundle as bundles
 from quantkit.serve import processor
-from quantkit.serve.settings import CONFIG_FILES, Profile
+from quantkit.serve.settings import CONFIG_FILES
+from quantkit.speculation import Profile
 
 Progress = Callable[[float, str], None]
 

@@ -9,6 +9,7 @@ from quantkit import artifacts
 from quantkit.progress import Report
 from quantkit.serve import bundle as bundles
 from quantkit.serve import check, launch, smoke
+from quantkit.serve.settings import ServeSettings
 
 
 def prove(bundle: Path, *, out: Path, report: Report) -> dict[str, Any]:
@@ -29,7 +30,7 @@ def prove(bundle: Path, *, out: Path, report: Report) -> dict[str, Any]:
         ready_s = time.monotonic() - begin_s
         report("asking the server", 0, 0)
         model = str(record["settings"]["served_model_name"])
-        probed = smoke.probe(server.base_url, model, speculation=(bundle / "draft").is_dir())
+        probed = smoke.probe(server.base_url, model, speculation=_speculates(bundle, server))
     artifacts.write_json(out / "smoke.json", probed.model_dump())
     every = [*checks, *_processor_checks(server), *probed.checks]
     return {
@@ -49,8 +50,13 @@ def probe_once(
     """
     model = str(bundles.read_bundle(bundle)["settings"]["served_model_name"])
     with launch.serving(bundle, profile=profile, port=port, log=log) as server:
-        probed = smoke.probe(server.base_url, model, speculation=(bundle / "draft").is_dir())
+        probed = smoke.probe(server.base_url, model, speculation=_speculates(bundle, server))
     return [*_processor_checks(server), *probed.checks]
+
+
+def _speculates(bundle: Path, server: launch.Server) -> bool:
+    settings = ServeSettings.of(bundles.read_bundle(bundle)["settings"])
+    return settings.draft_tokens(server.profile) > 0
 
 
 def stay_up(

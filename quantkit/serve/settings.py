@@ -11,16 +11,19 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from quantkit import speculation
 from quantkit.errors import QuantkitError
 from quantkit.recipe import Serve
 from quantkit.serve import sizing
+from quantkit.speculation import Decision, Plan, Profile
 
-Profile = Literal["gpu", "cpu"]
 KvCacheDtype = Literal["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "int8_per_token_head"]
 
 TARGET_DIR = "target"
 DRAFT_DIR = "draft"
 CONFIG_FILES: dict[Profile, str] = {"gpu": "vllm/serve.yaml", "cpu": "vllm/serve.cpu.yaml"}
+
+_TOKENS_OF: dict[Profile, str] = {"gpu": "num_speculative_tokens", "cpu": "cpu_num_speculative_tokens"}
 
 # vLLM turns method draft_model into another one when the draft's path holds one of these words, anywhere, in any case:
 # /srv/my-eagle3-project/draft would be loaded as an EAGLE-3 head and fail.
@@ -33,8 +36,9 @@ CPU_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5
 class ServeSettings(BaseModel):
     """Every vLLM flag that a bundle sets. Sizes are tokens or sequences, memory is bytes, of one rank.
 
-    `block_size`, `kv_cache_memory_bytes` and `cpu_dtype` (None: as `dtype`) are for the CPU file alone,
-    `gpu_memory_utilization` and `tensor_parallel_size` for the GPU file.
+    `block_size`, `kv_cache_memory_bytes`, `cpu_dtype` (None: as `dtype`) and `cpu_num_speculative_tokens` (None: as
+    `num_speculative_tokens`, 0: no speculation) are for the CPU file alone, `gpu_memory_utilization` and
+    `tensor_parallel_size` for the GPU file.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -43,7 +47,8 @@ class ServeSettings(BaseModel):
     max_model_len: int = Field(gt=0)
     max_num_seqs: int = Field(default=256, gt=0)
     max_num_batched_tokens: int = Field(default=8192, gt=0)
-    num_speculative_tokens: int | None = Field(default=None, gt=0)
+    num_speculative_tokens: int | None = Field(default=None, ge=0)  # 0: a draft, but not for the GPU file
+    cpu_num_speculative_tokens: int | None = Field(default=None, ge=0)
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     cpu_dtype: Literal["auto", "float16", "bfloat16", "float32"] | None = None
     kv_cache_dtype: KvCacheDtype = "auto"
@@ -70,6 +75,16 @@ class ServeSettings(BaseModel):
             raise ValueError("CPU attention works in blocks of 32 tokens: give a multiple of 32")
         return block_size
 
+    def draft_tokens(self, profile: Profile) -> int:
+        """How many tokens a profile drafts at a time; 0 where it does not speculate."""
+        own = self.cpu_num_speculative_tokens if profile == "cpu" else None
+        return (own if own is not None else self.num_speculative_tokens) or 0
+
+    @property
+    def speculates(self) -> bool:
+        """Whether any profile does: then the bundle holds the draft."""
+        return any(self.draft_tokens(profile) for profile in CONFIG_FILES)
+
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> "ServeSettings":
         """The settings from plain values, such as the `serve` part of a recipe.
@@ -92,7 +107,7 @@ def problems(
     if draft_config is not None:
         found += sizing.head_problems(draft_config, settings.tensor_parallel_size, "draft")
         found += _speculation_problems(settings, target_config, draft_config)
-    elif settings.num_speculative_tokens is not None:
+    elif settings.speculates:
         found.append(
             f"num_speculative_tokens {settings.num_speculative_tokens} without a draft: give a draft, or leave it out"
         )
@@ -151,14 +166,14 @@ def warnings(
     return lines
 
 
-def to_yaml(settings: ServeSettings, profile: Profile, has_draft: bool, *, sources: Mapping[str, str]) -> str:
+def to_yaml(settings: ServeSettings, profile: Profile, *, sources: Mapping[str, str]) -> str:
     """One profile's file for `vllm serve --config`, to be run from the bundle's own folder.
 
     Args:
-        has_draft: whether the bundle has a draft; speculation is written for it.
         sources: setting name -> where its value came from ("recipe", "sizing", ...); what is not named is a default.
             Written as a comment on each flag.
     """
+    has_draft = settings.draft_tokens(profile) > 0
     flags = _flags(settings, profile, has_draft)
     width = max(len(f"{name}: {_scalar(value)}") for name, _, value in flags)
     lines = [*_heading(profile), f"model: {TARGET_DIR}"]
@@ -217,16 +232,17 @@ def _speculation(
         ("method", "draft_model", "the draft is a language model of its own"),
         # Relative, and so free of whatever words the folders above hold: see PATH_TRAPS.
         ("model", DRAFT_DIR, "relative on purpose: vLLM guesses another method from some words in a path"),
-        (
-            "num_speculative_tokens",
-            settings.num_speculative_tokens,
-            sources.get("num_speculative_tokens", "default"),
-        ),
+        ("num_speculative_tokens", settings.draft_tokens(profile), _source_of_tokens(settings, profile, sources)),
     ]
     if profile == "gpu" and settings.tensor_parallel_size > 1:
         # Configuration would let 1 pass and the workers then refuse it at start-up.
         lines.append(("draft_tensor_parallel_size", settings.tensor_parallel_size, "must equal the target's"))
     return lines
+
+
+def _source_of_tokens(settings: ServeSettings, profile: Profile, sources: Mapping[str, str]) -> str:
+    own = profile == "cpu" and settings.cpu_num_speculative_tokens is not None
+    return sources.get("cpu_num_speculative_tokens" if own else "num_speculative_tokens", "default")
 
 
 def _left_out(settings: ServeSettings, has_draft: bool) -> list[str]:
@@ -276,14 +292,15 @@ def _speculation_problems(
     settings: ServeSettings, target_config: Mapping[str, Any], draft_config: Mapping[str, Any]
 ) -> list[str]:
     found = []
-    if settings.num_speculative_tokens is None:
+    most = max(settings.draft_tokens(profile) for profile in CONFIG_FILES)
+    if not most:
         found.append("num_speculative_tokens is missing: with a draft, say how many tokens it proposes at a time")
     else:
-        needed = settings.max_num_seqs * (settings.num_speculative_tokens + 1)
+        needed = settings.max_num_seqs * (most + 1)
         if settings.max_num_batched_tokens < needed:
             found.append(
                 f"max_num_batched_tokens {settings.max_num_batched_tokens} cannot hold {settings.max_num_seqs} "
-                f"sequences of {settings.num_speculative_tokens} draft tokens and their own: raise it to {needed} or "
+                f"sequences of {most} draft tokens and their own: raise it to {needed} or "
                 "lower max_num_seqs"
             )
     sizes = target_config.get("vocab_size"), draft_config.get("vocab_size")
@@ -299,15 +316,20 @@ def _scalar(value: object) -> str:
     return json.dumps(value)
 
 
-def from_recipe(recipe: Serve, target: Path, *, has_draft: bool) -> tuple[ServeSettings, dict[str, str]]:
-    """The flags of a recipe's `serve` section for a target, and where each value came from.
+def from_recipe(
+    recipe: Serve, target: Path, *, plans: Mapping[Profile, Plan] | None
+) -> tuple[ServeSettings, dict[str, str], dict[Profile, Decision]]:
+    """The flags of a recipe's `serve` section for a target, where each value came from, and what of speculation.
 
     What the recipe leaves out: the model's name is that of the target's directory, the longest request the model's
     own limit. The CPU profile runs in bfloat16, for which processors have fast kernels and for float16 not.
+
+    plans: the draft's, by kind of machine; None where there is no draft, and so nothing to decide.
     """
     config = sizing.read_config(target)
     limit = int(config.get("max_position_embeddings") or 2048)
-    values = recipe.model_dump(exclude={"speculative_tokens", "prefix_caching", "served_model_name", "max_model_len"})
+    elsewhere = {"speculate", "speculative_tokens", "prefix_caching", "served_model_name", "max_model_len"}
+    values = recipe.model_dump(exclude=elsewhere)
     values["enable_prefix_caching"] = recipe.prefix_caching
     values["served_model_name"] = recipe.served_model_name or target.resolve().name
     values["max_model_len"] = recipe.max_model_len or limit
@@ -317,7 +339,13 @@ def from_recipe(recipe: Serve, target: Path, *, has_draft: bool) -> tuple[ServeS
         sources["max_model_len"] = "the model's own limit"
     if recipe.served_model_name is None:
         sources["served_model_name"] = "the target's directory"
-    if has_draft:
-        values["num_speculative_tokens"] = recipe.speculative_tokens
-        sources["num_speculative_tokens"] = "recipe"
-    return ServeSettings.of(values), sources
+    decisions: dict[Profile, Decision] = {}
+    if plans is not None:
+        asked = recipe.speculative_tokens
+        for profile, name in _TOKENS_OF.items():
+            decisions[profile] = speculation.decide(
+                recipe.speculate, plans.get(profile), max_num_seqs=recipe.max_num_seqs, tokens=asked
+            )
+            values[name] = decisions[profile].tokens
+            sources[name] = "recipe" if asked else "the draft's plan" if profile in plans else "default"
+    return ServeSettings.of(values), sources, decisions

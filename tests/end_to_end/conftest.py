@@ -41,7 +41,7 @@ def tiny_recipe() -> Callable[..., dict[str, Any]]:
             },
             "serve": {
                 "served_model_name": "tiny", "max_model_len": 512, "max_num_seqs": 4, "max_num_batched_tokens": 512,
-                "kv_cache_dtype": "auto", "speculative_tokens": 3,
+                "kv_cache_dtype": "auto", "speculate": "always", "speculative_tokens": 3,
             },
         }  # fmt: skip
         for section, values in changes.items():

@@ -31,7 +31,7 @@ def finished(recipe: Path, quantkit: Quantkit, tmp_path_factory: pytest.TempPath
     done = quantkit("run", recipe, "--out", out)
     assert done.exit_code == 0, done.stderr[-3000:]
     assert f"bundle  {out / 'bundle'}" in done.stderr
-    assert all(row in done.stderr for row in ("expected on a CPU", "expected on GPUs"))
+    assert all(row in done.stderr for row in ("expected on a CPU", "expected on GPUs", "speculation on a CPU"))
     return out
 
 
@@ -61,7 +61,7 @@ def test_the_draft_was_measured_before_and_after_by_vllm(finished: Path) -> None
     assert ("quantization_config" in kept) == (results["kept"] == "quantized")
 
 
-def test_the_draft_has_plans(finished: Path) -> None:
+def test_the_draft_has_plans_and_the_bundle_says_what_it_made_of_them(finished: Path) -> None:
     results = _results(finished, "draft")
     plans = {plan["profile"]: plan for plan in results["plan"]}
     assert {profile: plan["origin"] for profile, plan in plans.items()} == {"cpu": "measured", "gpu": "estimated"}
@@ -74,6 +74,11 @@ def test_the_draft_has_plans(finished: Path) -> None:
         expected.keys() == {"after", "quantized"} and max(expected, key=lambda name: expected[name]) == results["kept"]
     )
     assert "an estimate" in results["kept_by"]
+    why = _results(finished, "bundle")["speculation"]
+    assert why.keys() == plans.keys() and all(sentence.startswith("on") for sentence in why.values())
+    readme = (finished / "bundle" / "README.md").read_text()
+    assert why["cpu"] in readme and "Expected on a CPU, steps measured on" in readme
+    assert (finished / "bundle" / "speculation.svg").is_file()
 
 
 def test_vllm_counts_what_the_simulation_counts(finished: Path) -> None:

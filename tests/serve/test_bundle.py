@@ -239,7 +239,7 @@ def test_a_missing_draft_is_found(made: Path) -> None:
     shutil.rmtree(made / "draft")
     found = failed(check.check(made))
     assert found["draft safe and complete"] == "bundle.json names a draft and there is none"
-    assert "both or not at all" in found["settings files"]
+    assert "speculative-config without the folder draft" in found["settings files"]
 
 
 def test_a_folder_that_is_no_bundle(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ def some(**changes: Any) -> ServeSettings:
 
 
 def test_gpu_file_is_what_vllm_expects() -> None:
-    text = flags.to_yaml(some(tensor_parallel_size=2), "gpu", True, sources={"max_model_len": "recipe"})
+    text = flags.to_yaml(some(tensor_parallel_size=2), "gpu", sources={"max_model_len": "recipe"})
     loaded = yaml.safe_load(text)
     assert loaded["model"] == "target"
     assert loaded["speculative-config"] == {
@@ -45,7 +45,7 @@ def test_gpu_file_is_what_vllm_expects() -> None:
 
 def test_cpu_file_names_what_it_leaves_out() -> None:
     settings = some(tensor_parallel_size=2, kv_cache_dtype="int8_per_token_head", gpu_memory_utilization=0.8)
-    text = flags.to_yaml(settings, "cpu", True, sources={})
+    text = flags.to_yaml(settings, "cpu", sources={})
     loaded = yaml.safe_load(text)
     assert loaded["enforce-eager"] is True
     assert loaded["kv-cache-dtype"] == "auto"
@@ -53,7 +53,7 @@ def test_cpu_file_names_what_it_leaves_out() -> None:
     assert loaded["block-size"] == 32
     assert loaded["override-generation-config"] == {"temperature": 0}
     assert "draft_tensor_parallel_size" not in loaded["speculative-config"]
-    gpu = yaml.safe_load(flags.to_yaml(settings, "gpu", True, sources={}))
+    gpu = yaml.safe_load(flags.to_yaml(settings, "gpu", sources={}))
     left_out = text[text.index("# Left out") :]
     for key in gpu.keys() - loaded.keys():
         assert f"# - {key} " in left_out
@@ -63,10 +63,10 @@ def test_cpu_file_names_what_it_leaves_out() -> None:
 
 def test_the_cpu_may_have_its_own_dtype() -> None:
     settings = some(dtype="float16", cpu_dtype="bfloat16")
-    text = flags.to_yaml(settings, "cpu", True, sources={"cpu_dtype": "recipe"})
+    text = flags.to_yaml(settings, "cpu", sources={"cpu_dtype": "recipe"})
     assert yaml.safe_load(text)["dtype"] == "bfloat16"
     assert "# - dtype float16: bfloat16 here" in text
-    assert yaml.safe_load(flags.to_yaml(settings, "gpu", True, sources={}))["dtype"] == "float16"
+    assert yaml.safe_load(flags.to_yaml(settings, "gpu", sources={}))["dtype"] == "float16"
     quantized = CONFIG | {"quantization_config": {"quant_method": "awq"}}
     assert "float32" in flags.problems(some(cpu_dtype="float32"), quantized, CONFIG)[0]
 
@@ -74,19 +74,19 @@ def test_the_cpu_may_have_its_own_dtype() -> None:
 def test_without_a_draft_nothing_speaks_of_one() -> None:
     settings = some(num_speculative_tokens=None)
     for profile in flags.CONFIG_FILES:
-        text = flags.to_yaml(settings, profile, False, sources={})
+        text = flags.to_yaml(settings, profile, sources={})
         assert "speculative" not in text
         assert "temperature" not in text
 
 
 def test_names_survive_yaml() -> None:
     for name in ("no", "1.0", "2024-01-01", 'a "quoted" # name', "null"):
-        text = flags.to_yaml(some(served_model_name=name), "gpu", True, sources={})
+        text = flags.to_yaml(some(served_model_name=name), "gpu", sources={})
         assert yaml.safe_load(text)["served-model-name"] == name
 
 
 def test_prefix_caching_can_be_switched_off() -> None:
-    text = flags.to_yaml(some(enable_prefix_caching=False), "gpu", True, sources={})
+    text = flags.to_yaml(some(enable_prefix_caching=False), "gpu", sources={})
     assert yaml.safe_load(text)["enable-prefix-caching"] is False
 
 
