@@ -29,7 +29,7 @@ def test_the_quickstart_keeps_its_promises(quantkit: Callable[..., Result], tmp_
     assert report["kl_nats"]["mean"] < 0.2 and report["top1_agreement"]["value"] > 0.7
     assert "4-bit blocks of 32" in (out / "report" / "report.html").read_text()
     before, after = (draft["acceptance"][when]["0"] for when in ("before", "after"))
-    assert after["vllm"]["accepted_length"] > before["vllm"]["accepted_length"] + 0.05
+    assert after["vllm"]["accepted_length"] > 1.5 * before["vllm"]["accepted_length"]
     simulated = after["offline"]["greedy"]["accepted_length"]
     assert after["vllm"]["accepted_length"] == pytest.approx(simulated, abs=0.1)
     assert all(check["passed"] for check in served["checks"])
