@@ -68,6 +68,8 @@ def build(
     left_out = {TARGET_DIR: _carry_checkpoint(target, work.out / TARGET_DIR)}
     if draft:
         left_out[DRAFT_DIR] = _carry_checkpoint(draft, work.out / DRAFT_DIR)
+        kind = sizing.speculative_method(sizing.read_config(draft))
+        settings = settings.model_copy(update={"speculative_method": kind})
     if report:
         _carry_report(report, work.out / REPORT_DIR)
     for profile in CONFIG_FILES:

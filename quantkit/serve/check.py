@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,10 @@ def _check_record(bundle: Path, record: dict[str, Any]) -> Check:
 def _check_paths(bundle: Path, has_draft: bool) -> Check:
     """Paths in the settings files are relative, lead inside the bundle, and hold no word that misleads vLLM."""
     problems = []
-    used = False
+    used, kind = False, None
+    if has_draft:
+        with suppress(QuantkitError):  # said by the draft's own check
+            kind = sizing.speculative_method(sizing.read_config(bundle / DRAFT_DIR))
     for file in CONFIG_FILES.values():
         try:
             flags = yaml.safe_load((bundle / file).read_text(encoding="utf-8"))
@@ -127,6 +131,8 @@ def _check_paths(bundle: Path, has_draft: bool) -> Check:
         used = used or speculation is not None
         if speculation is not None and not has_draft:
             problems.append(f"{file}: speculative-config without the folder {DRAFT_DIR}")
+        if speculation and kind and speculation.get("method") != kind:
+            problems.append(f"{file}: method {speculation.get('method')}, but the draft is of the kind {kind}")
         models = [str(flags.get("model"))] + ([str(speculation.get("model"))] if speculation else [])
         for model in models:
             if Path(model).is_absolute() or not (bundle / model).resolve().is_relative_to(bundle.resolve()):

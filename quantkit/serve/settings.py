@@ -29,6 +29,10 @@ _TOKENS_OF: dict[Profile, str] = {"gpu": "num_speculative_tokens", "cpu": "cpu_n
 # /srv/my-eagle3-project/draft would be loaded as an EAGLE-3 head and fail.
 PATH_TRAPS = ("eagle-", "eagle3", "dflash", "dspark")
 
+_KINDS = {
+    "draft_model": "the draft is a language model of its own", "eagle3": "the draft is a head on the target's states",
+}  # fmt: skip
+
 # The CPU backend never compares the cache's type with what its kernels know: it runs the others and answers noise.
 CPU_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2")
 
@@ -47,6 +51,7 @@ class ServeSettings(BaseModel):
     max_model_len: int = Field(gt=0)
     max_num_seqs: int = Field(default=256, gt=0)
     max_num_batched_tokens: int = Field(default=8192, gt=0)
+    speculative_method: Literal["draft_model", "eagle3"] = "draft_model"  # a bundle takes it from its draft
     num_speculative_tokens: int | None = Field(default=None, ge=0)  # 0: a draft, but not for the GPU file
     cpu_num_speculative_tokens: int | None = Field(default=None, ge=0)
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
@@ -229,7 +234,7 @@ def _speculation(
     settings: ServeSettings, profile: Profile, sources: Mapping[str, str]
 ) -> list[tuple[str, object, str]]:
     lines: list[tuple[str, object, str]] = [
-        ("method", "draft_model", "the draft is a language model of its own"),
+        ("method", settings.speculative_method, _KINDS[settings.speculative_method]),
         # Relative, and so free of whatever words the folders above hold: see PATH_TRAPS.
         ("model", DRAFT_DIR, "relative on purpose: vLLM guesses another method from some words in a path"),
         ("num_speculative_tokens", settings.draft_tokens(profile), _source_of_tokens(settings, profile, sources)),

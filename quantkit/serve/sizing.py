@@ -8,7 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
@@ -133,7 +133,7 @@ def size(
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
-    """The config.json of a checkpoint directory."""
+    """The config.json of a checkpoint directory; of a head of the speculators format with the sizes of its layer."""
     path = checkpoint / "config.json"
     try:
         config = json.loads(path.read_bytes())
@@ -141,10 +141,16 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
         raise QuantkitError(f"{path} is not there: give a checkpoint directory in Hugging Face form") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise QuantkitError(f"{path} is not JSON ({error}): download or write the checkpoint again") from error
+    config = (config.get("transformer_layer_config") or {}) | config
     missing = [key for key in ("num_hidden_layers", "num_attention_heads", "hidden_size") if key not in config]
     if missing:
         raise QuantkitError(f"{path} lacks {', '.join(missing)}: give a decoder-only checkpoint of the Llama family")
     return dict(config)
+
+
+def speculative_method(draft_config: Mapping[str, Any]) -> Literal["draft_model", "eagle3"]:
+    """vLLM's word for the kind of a draft. It must be said: vLLM guesses from the draft's path otherwise."""
+    return "eagle3" if draft_config.get("speculators_model_type") == "eagle3" else "draft_model"
 
 
 def kv_bytes_per_token(config: Mapping[str, Any], kv_cache_dtype: str, tensor_parallel_size: int = 1) -> int:

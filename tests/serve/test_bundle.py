@@ -126,6 +126,27 @@ def test_results_of_the_stages_are_carried(tiny_llama: Path, copy: Path, tmp_pat
     assert json.loads((tmp_path / "bundle" / "bundle.json").read_text())["inputs"]["target"]["checkpoint"] == "0" * 64
 
 
+def test_a_head_is_served_as_one(tiny_llama: Path, copy: Path, tmp_path: Path) -> None:
+    config = json.loads((copy / "config.json").read_bytes())
+    (copy / "config.json").write_text(
+        json.dumps({"speculators_model_type": "eagle3", "transformer_layer_config": config | {"num_hidden_layers": 1}})
+    )
+    out = tmp_path / "bundle"
+    build(out, tiny_llama, copy)
+    for file in ("vllm/serve.yaml", "vllm/serve.cpu.yaml"):
+        assert yaml.safe_load((out / file).read_text())["speculative-config"]["method"] == "eagle3"
+    record = bundles.read_bundle(out)
+    assert record["kv_cache"]["bytes_per_token"] == {"target": 512, "draft": 256}  # two layers, and one
+    assert record["settings"]["speculative_method"] == "eagle3" and "an EAGLE-3 head" in (out / "README.md").read_text()
+    found = {one.name: one for one in check.check(out, ask_vllm=False)}
+    assert all(one.passed for one in found.values()), found
+
+    flags = out / "vllm" / "serve.yaml"
+    flags.write_text(flags.read_text().replace('method: "eagle3"', 'method: "draft_model"'))
+    found = {one.name: one for one in check.check(out, ask_vllm=False)}
+    assert "method draft_model, but the draft is of the kind eagle3" in found["settings files"].detail
+
+
 @pytest.mark.usefixtures("no_vllm")
 def test_without_a_draft(tiny_llama: Path, tmp_path: Path) -> None:
     build(tmp_path / "bundle", tiny_llama, None, settings=WITHOUT_DRAFT)
