@@ -17,6 +17,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 # spelled out, because the table of them comes with torch, which takes seconds to import
 _ENGINES = ("autoawq", "autogptq", "gptqmodel", "llmcompressor", "autoround")
+_DRAFT_ENGINES = ("speculators",)
 
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full: free some space and run the same command again; it goes on where it stopped",
@@ -217,7 +218,7 @@ def quantize(
 @click.pass_context
 @_friendly
 def engines(context: click.Context) -> None:
-    """Other quantizers that `quantkit quantize --engine` runs: lists them, and makes their environments.
+    """Other tools, for `quantize --engine` and `train-draft --kind`: lists them, and makes their environments.
 
     \b
     Example:
@@ -233,7 +234,7 @@ def engines(context: click.Context) -> None:
 
 
 @engines.command("install")
-@click.argument("name", type=click.Choice(_ENGINES))
+@click.argument("name", type=click.Choice(_ENGINES + _DRAFT_ENGINES))
 @_friendly
 def engines_install(name: str) -> None:
     """Make the environment of the engine NAME now rather than when it is first used.

@@ -107,9 +107,16 @@ class Quantize(Section):
 Temperature = Annotated[float, Field(ge=0, le=2)]
 
 
-class Draft(Section):
-    """The draft model: where it starts from, what it learns from, for how long."""
+# What only a draft model has; a head (kind eagle3) takes none of it.
+_OF_DRAFT_MODELS = (
+    "init", "keep_layers", "layer_choice", "fit", "loss", "top_k", "on_policy", "patience", "quantize",
+)  # fmt: skip
 
+
+class Draft(Section):
+    """The draft: of which kind, where it starts from, what it learns from, for how long."""
+
+    kind: Literal["draft_model", "eagle3"] = "draft_model"  # eagle3: a head on the target's states, by speculators
     init: str | None = None  # a smaller checkpoint of the family
     keep_layers: PositiveInt | None = None  # or a subset of the target's own layers
     prompts: str = "self:400"
@@ -135,6 +142,12 @@ class Draft(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "Draft":
+        if self.kind == "eagle3":
+            fields = type(self).model_fields
+            given = [name for name in _OF_DRAFT_MODELS if getattr(self, name) != fields[name].default]
+            if given:
+                raise ValueError(f"kind eagle3 takes no {', '.join(given)}: leave out, or choose kind draft_model")
+            return self
         if (self.init is None) == (self.keep_layers is None):
             raise ValueError("give exactly one of init (a smaller checkpoint) and keep_layers (of the target's own)")
         return self

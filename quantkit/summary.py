@@ -185,7 +185,7 @@ def print_engines(console: "Console") -> None:
         ("state", "part of quantkit"), ("methods", "gptq, awq, awq+gptq: compressed-tensors, gptq, awq"),
         ("upstream", "alive: this project"),
     ])  # fmt: skip
-    for name, engine in registry.ENGINES.items():
+    for name, engine in registry.EVERY.items():
         state, folder = environment.state(name), environment.folder(name)
         if state is not None:
             made = f"installed, {state.disk_bytes / 1e9:.1f} GB, in {folder}"
@@ -208,7 +208,7 @@ def _methods(engine: "Engine") -> str:
 
 def _grids(grids: "Grids") -> str:
     if grids.symmetric == grids.asymmetric:
-        return str(grids.symmetric)
+        return grids.symmetric or "a draft"
     sides = (("symmetric", grids.symmetric), ("asymmetric", grids.asymmetric))
     return ", ".join(f"{format} ({side})" for side, format in sides if format)
 

@@ -70,6 +70,15 @@ def test_a_draft_has_exactly_one_origin(tmp_path: Path, draft: dict[str, Any]) -
         _load(tmp_path, MINIMAL | {"draft": draft})
 
 
+def test_a_head_has_no_origin_and_takes_nothing_of_a_draft_model(tmp_path: Path) -> None:
+    assert _load(tmp_path, MINIMAL).draft.kind == "draft_model"
+    head = _load(tmp_path, MINIMAL | {"draft": {"kind": "eagle3", "epochs": 5}}).draft
+    assert (head.kind, head.init, head.keep_layers, head.epochs) == ("eagle3", None, None, 5)
+    wrong = {"kind": "eagle3", "init": "small", "on_policy": 0.5, "quantize": "no"}
+    with pytest.raises(QuantkitError, match="kind eagle3 takes no init, on_policy, quantize: leave out"):
+        _load(tmp_path, MINIMAL | {"draft": wrong})
+
+
 def test_overrides_reach_into_sections(tmp_path: Path) -> None:
     recipe = _load(tmp_path, MINIMAL, "quantize.group_size=32", "calibration.text=[c.txt, d.txt]", "seed=7")
     assert recipe.quantize.group_size == 32 and recipe.calibration.text == ("c.txt", "d.txt") and recipe.seed == 7

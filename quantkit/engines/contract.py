@@ -7,7 +7,7 @@ last and by rename. Its standard input is a pipe that ends when quantkit does: t
 import os
 import shutil
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -37,13 +37,11 @@ class Scheme(_Message):
     symmetric: bool
 
 
-class Job(_Message):
-    """What the worker reads: job.json."""
+class AnyJob(_Message):
+    """What every worker reads."""
 
     checkpoint: str  # FP16, a directory
-    tokens: str  # a safetensors file with input_ids, int64 [samples, length]
     method: str
-    scheme: Scheme
     options: dict[str, bool | int | float | str] = {}  # the engine's own
     seed: int
     device: str
@@ -51,25 +49,62 @@ class Job(_Message):
     out: str  # the directory to write
 
 
-class Result(_Message):
-    """What the worker writes when the checkpoint is whole: result.json."""
+class Job(AnyJob):
+    """What a quantizer's worker reads: job.json."""
+
+    tokens: str  # a safetensors file with input_ids, int64 [samples, length]
+    scheme: Scheme
+
+
+class HeadJob(AnyJob):
+    """What the worker of a head's training reads: job.json."""
+
+    exchanges: str  # a file of JSON lines, each with the token ids of a prompt and of the target's answer
+    layers: list[int]  # the target's states behind so many of its layers are what the head reads
+    epochs: int
+    batch_size: int  # exchanges a step
+    learning_rate: float  # peak
+    warmup: float  # fraction of the steps
+    speculative_tokens: int
+
+
+class AnyResult(_Message):
+    """What every worker writes when the checkpoint is whole."""
 
     engine: str
     version: str
     method: str
-    format: Literal["awq", "gptq", "compressed-tensors"]
     import_cpu_s: float = Field(ge=0)
     notes: list[str]  # what was patched, and what the engine did other than asked
 
 
-class Finished(NamedTuple):
+class Result(AnyResult):
+    """What a quantizer's worker writes: result.json."""
+
+    format: Literal["awq", "gptq", "compressed-tensors"]
+
+
+class HeadResult(AnyResult):
+    """What the worker of a head's training writes: result.json."""
+
+    steps: int
+    epoch_losses: list[float]  # mean a token and draft position, nats
+    first_token_agreement: float  # with the target's likeliest token, in the last epoch's batches
+
+
+ResultT = TypeVar("ResultT", bound=AnyResult)
+
+
+class Finished(NamedTuple, Generic[ResultT]):
     """A job that ended with a valid result, and what it took by our own measure."""
 
-    result: Result
+    result: ResultT
     spent: Spent
 
 
-def run(name: str, job: Job, folder: Path, *, python: Path, worker: Path, report: Report) -> Finished:
+def run(
+    name: str, job: AnyJob, folder: Path, *, returns: type[ResultT], python: Path, worker: Path, report: Report
+) -> Finished[ResultT]:
     """Put a job through an engine's worker, from the start: no engine can go on where it was interrupted.
 
     `folder` gets job.json, worker.log and result.json, and is emptied before.
@@ -89,7 +124,7 @@ def run(name: str, job: Job, folder: Path, *, python: Path, worker: Path, report
     if spent.exit_code:
         raise QuantkitError(_failure(name, log, f"ended with exit code {spent.exit_code}"))
     try:
-        result = Result.model_validate_json((folder / "result.json").read_bytes())
+        result = returns.model_validate_json((folder / "result.json").read_bytes())
     except FileNotFoundError:
         raise QuantkitError(_failure(name, log, "ended without a result.json")) from None
     except ValidationError as error:

@@ -62,7 +62,7 @@ def ensure(name: str, report: Report) -> State:
     """
     if (found := state(name)) is not None:
         return found
-    engine = registry.ENGINES[name]
+    engine = registry.EVERY[name]
     report(
         f"{name} runs in an environment of its own, which is not there yet. Making it takes about {engine.minutes:.0f} "
         f"minutes, {engine.disk_gb:.1f} GB of disk (more with a CUDA torch) and a package registry",
@@ -100,7 +100,7 @@ def _make(name: str, target: Path, report: Report) -> State:
                 f"the whole log is {log}"
             )
     made = State(
-        engine=name, version=registry.ENGINES[name].version, python=sys.version.split()[0],
+        engine=name, version=registry.EVERY[name].version, python=sys.version.split()[0],
         disk_bytes=sum(file.lstat().st_size for file in target.rglob("*") if not file.is_dir()),
         seconds=round(seconds, 1),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which other quantizers there are, what each of them takes, and whether its upstream still lives."""
+"""Which other tools there are, what each of them takes, and whether its upstream still lives."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,18 +20,19 @@ class Grids(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """One quantizer that others wrote."""
+    """One tool that others wrote."""
 
     package: str
     version: str
     methods: Mapping[str, Grids]  # the first is the one that runs when none is asked for
-    bits: tuple[int, ...]
+    bits: tuple[int, ...]  # none: it does not quantize
     upstream: str  # alive or not, and since when
     instead: str  # what to use in its place
     disk_gb: float  # of its environment, with a CPU build of torch
     minutes: float  # that making it took, on two cores
 
 
+# What quantizes: `quantize --engine`.
 ENGINES: Mapping[str, Engine] = {
     "autoawq": Engine(
         "autoawq", "0.2.9", {"awq": Grids(None, "awq")}, (4,),
@@ -55,6 +56,15 @@ ENGINES: Mapping[str, Engine] = {
         "alive: released in October 2026", "native --effort high", 1.2, 2,
     ),
 }  # fmt: skip
+# What trains drafts of kinds that quantkit does not train itself: `train-draft --kind`.
+DRAFT_ENGINES: Mapping[str, Engine] = {
+    "speculators": Engine(
+        "speculators", "0.9.0", {"eagle3": Grids(None, None)}, (),
+        "alive: released in November 2026", "native: a draft of its own layers", 1.0, 2,
+    ),
+}  # fmt: skip
+# All that have an environment.
+EVERY: Mapping[str, Engine] = {**ENGINES, **DRAFT_ENGINES}
 
 
 def worker(name: str) -> Path:

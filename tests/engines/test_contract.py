@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit.engines import contract
+from quantkit.engines import contract, registry
 from quantkit.errors import QuantkitError
 from quantkit.progress import silent
 
@@ -34,12 +35,14 @@ def _job(folder: Path, **changes: object) -> contract.Job:
     return contract.Job.model_validate(given | changes)
 
 
-def _run(tmp_path: Path, script: str, **changes: object) -> contract.Finished:
+def _run(tmp_path: Path, script: str, **changes: object) -> contract.Finished[contract.Result]:
     worker = tmp_path / "worker.py"
     worker.write_text(script)
     folder = tmp_path / "job"
     job = _job(folder, **changes)
-    return contract.run("echo", job, folder, python=Path(sys.executable), worker=worker, report=silent)
+    return contract.run(
+        "echo", job, folder, returns=contract.Result, python=Path(sys.executable), worker=worker, report=silent
+    )
 
 
 def test_a_worker_that_does_what_is_asked(tmp_path: Path) -> None:
@@ -98,8 +101,8 @@ from pathlib import Path
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts what is behind & with Ctrl-C ignored
 from quantkit.engines import contract
 job = contract.Job.model_validate_json(Path(sys.argv[1]).read_bytes())
-contract.run("slow", job, Path(sys.argv[3]), python=Path(sys.executable), worker=Path(sys.argv[2]),
-             report=lambda *_: None)
+contract.run("slow", job, Path(sys.argv[3]), returns=contract.Result, python=Path(sys.executable),
+             worker=Path(sys.argv[2]), report=lambda *_: None)
 """
 SLOW = """
 import os, signal, subprocess, sys, threading, time
@@ -150,10 +153,15 @@ def _lives(pid: int) -> bool:
 
 def test_job_and_result_are_what_the_workers_read_and_write(tmp_path: Path) -> None:
     """The workers have no quantkit to import: their words are held against the models here."""
-    fields = set(contract.Result.model_fields)
-    for worker in (Path(contract.__file__).parent / "workers").glob("*.py"):
-        text = worker.read_text()
-        written = text[text.index("result = {") : text.index("}  # fmt")]
-        assert fields == {key for key in fields | {"cpu_s", "wall_s"} if f'"{key}":' in written}, worker.name
-        assert len(text.splitlines()) <= 130, worker.name
+    every = set(contract.Result.model_fields) | set(contract.HeadResult.model_fields) | {"cpu_s", "wall_s"}
+    for name in registry.EVERY:
+        text = registry.worker(name).read_text()
+        begin = text.index("result = {")
+        written = text[begin : text.index("}  # fmt", begin)]
+        fields = contract.HeadResult.model_fields if name in registry.DRAFT_ENGINES else contract.Result.model_fields
+        assert set(fields) == {key for key in every if f'"{key}":' in written}, name
+        if name in registry.DRAFT_ENGINES:
+            asked = set(re.findall(r'job\["(\w+)"\]', text))
+            assert asked == set(contract.HeadJob.model_fields), name
+        assert len(text.splitlines()) <= (160 if name in registry.DRAFT_ENGINES else 130), name
     assert json.loads(_job(tmp_path).model_dump_json())["scheme"] == {"bits": 4, "group_size": 32, "symmetric": False}

@@ -12,9 +12,9 @@ from quantkit.formats import FORMATS
 
 
 def test_every_engine_has_its_worker_and_its_pins() -> None:
-    names = set(registry.ENGINES)
+    names = set(registry.EVERY)
     assert {path.stem for path in registry.worker("autoawq").parent.glob("*.py")} == names
-    for name, engine in registry.ENGINES.items():
+    for name, engine in registry.EVERY.items():
         pins = registry.requirements(name).read_text().splitlines()
         assert f"{engine.package}=={engine.version}" in pins
         assert any(line.startswith("torch==") for line in pins) and any(
@@ -27,13 +27,15 @@ def test_recipe_and_command_line_know_the_same_engines_and_methods() -> None:
     methods = {method for engine in registry.ENGINES.values() for method in engine.methods}
     assert set(get_args(recipe.EngineName)) == {"native", *registry.ENGINES}
     assert set(get_args(recipe.Method)) == methods
+    kinds = {method for engine in registry.DRAFT_ENGINES.values() for method in engine.methods}
+    assert set(get_args(recipe.Draft.model_fields["kind"].annotation)) == {"draft_model", *kinds}
     engines = main.commands["engines"]
     assert isinstance(engines, click.Group)
     options = {p.name: p for p in main.commands["quantize"].params} | {"install": engines.commands["install"].params[0]}
     choices = {name: options[name].type for name in ("engine", "method", "install")}
     assert all(isinstance(choice, click.Choice) for choice in choices.values())
     found = {name: set(choice.choices) for name, choice in choices.items()}  # type: ignore[attr-defined]
-    assert found == {"engine": {"native", *registry.ENGINES}, "method": methods, "install": set(registry.ENGINES)}
+    assert found == {"engine": {"native", *registry.ENGINES}, "method": methods, "install": set(registry.EVERY)}
 
 
 @pytest.mark.parametrize("name", registry.ENGINES)

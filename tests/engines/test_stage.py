@@ -112,9 +112,9 @@ def test_the_list_and_its_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = environment.folder("autoround")
     folder.mkdir(parents=True)
     said = CliRunner().invoke(main, ["engines"]).stdout
-    for name, engine in registry.ENGINES.items():
+    for name, engine in registry.EVERY.items():
         assert f"{name} {engine.version}" in said
-    assert "half made" in said and said.count("not installed") == 4
+    assert "half made" in said and said.count("not installed") == 5
     python = environment.python("autoround")
     python.parent.mkdir()
     python.write_text("")
