@@ -295,6 +295,10 @@ def evaluate(
 @main.command("train-draft")
 @click.argument("target", type=click.Path(path_type=Path))
 @_out
+@click.option(
+    "--kind", type=click.Choice(["draft_model", "eagle3"]), default="draft_model", show_default=True,
+    help="eagle3: a head on the target's own states, which speculators trains (`quantkit engines`).",
+)  # fmt: skip
 @click.option("--init", type=click.Path(path_type=Path), help="A smaller checkpoint of the family to start from.")
 @click.option("--keep-layers", type=click.IntRange(1), help="Or: start from this many of the target's own layers.")
 @click.option("--prompts", default="self:400", show_default=True, help="Text source, or self:N: the target writes N.")
@@ -335,13 +339,14 @@ def evaluate(
 @_fresh
 @_friendly
 def train_draft(target: Path, out: Path, init: Path | None, seed: int, fresh: bool, **settings: Any) -> None:
-    """A draft model for TARGET, distilled on the target's own answers; acceptance before and after, by vLLM.
+    """A draft for TARGET, distilled on the target's own answers; acceptance before and after, by vLLM.
 
     \b
     Example:
       quantkit train-draft llama-w4 --out draft --keep-layers 8 --prompts self:2000
       quantkit train-draft llama-70b-w4 --out draft --init Llama-3.2-1B-Instruct --prompts chats.jsonl
       quantkit train-draft llama-w4 --out draft --keep-layers 8 --loss lk_hybrid --temperature 0 --temperature 1
+      quantkit train-draft llama-w4 --out head --kind eagle3 --prompts self:2000
       torchrun --nproc-per-node 4 --no-python quantkit train-draft llama-w4 --out draft --keep-layers 8
     """
     import torch

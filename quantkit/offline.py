@@ -57,6 +57,7 @@ class Engine(BaseModel):
     max_num_seqs: int = 128
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     draft: str | None = None
+    speculative_method: Literal["draft_model", "eagle3"] = "draft_model"
     speculative_tokens: int = 4
     kv_cache_dtype: str = "auto"
     kv_cache_bytes: int = 1 << 30

@@ -125,7 +125,8 @@ def _start(engine: Engine) -> Any:
     settings: dict[str, object] = {}
     if engine.draft is not None:
         settings["speculative_config"] = {
-            "method": "draft_model", "model": engine.draft, "num_speculative_tokens": engine.speculative_tokens,
+            "method": engine.speculative_method, "model": engine.draft,
+            "num_speculative_tokens": engine.speculative_tokens,
         }  # fmt: skip
     dtype: str = engine.dtype
     on_cpu = vllm_environment.is_cpu_build()

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # What every engine takes, each within its limits.
 _FOR_ALL = {"engine", "engine_options", "method", "format", "bits", "group_size", "symmetric"}
 _NATIVE_METHODS = ("gptq", "awq", "awq+gptq")
+_HEAD_ENGINE = "speculators"
 _DRAFT_WINDOWS, _DRAFT_WINDOW = 128, 512  # that a draft's 4-bit weights are calibrated on at most, and their tokens
 
 
@@ -270,11 +271,33 @@ def evaluate(
 def train_draft(target: Path, *, settings: Draft, seed: int, hand_out: "ranks.HandOut" = lambda order: None) -> Stage:
     """A draft for the target, distilled on the target's own answers, and quantized where that makes it better.
 
-    `hand_out` tells other processes to train along.
+    A head (kind eagle3) is another engine's work and stays in 16 bits. `hand_out` tells other processes to train along.
+
+    Raises:
+        QuantkitError: a head and several processes.
     """
+    with_head = settings.kind == "eagle3"
+    if with_head and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise QuantkitError("kind eagle3 is trained by one process: leave out torchrun")
 
     def make(work: Work, report: Report) -> None:
+        from quantkit import checkpoint as checkpoints
         from quantkit.draft import distil
+
+        if with_head:
+            from quantkit.engines import head
+
+            head.layers_read(checkpoints.open_checkpoint(target).arch.num_layers)  # refuses what is too shallow
+
+        def train_head(dense: Path, exchanges: Path, out: Path) -> dict[str, Any]:
+            import torch
+
+            from quantkit.engines import run
+
+            return run.train_head(
+                _HEAD_ENGINE, checkpoints.open_checkpoint(dense), exchanges, settings, seed=seed, out=out,
+                device="cuda" if torch.cuda.is_available() else "cpu", folder=work.partial, report=report,
+            )  # fmt: skip
 
         def quantize(draft: Path, out: Path, texts: Sequence[list[int]]) -> None:
             _quantize_draft(
@@ -283,11 +306,13 @@ def train_draft(target: Path, *, settings: Draft, seed: int, hand_out: "ranks.Ha
 
         work.results |= distil.train_draft(
             target, settings=settings, seed=seed, out=work.out, folder=work.partial, report=report,
-            quantize=None if settings.quantize == "no" else quantize, hand_out=hand_out,
+            quantize=None if settings.quantize == "no" else quantize, train_head=train_head, hand_out=hand_out,
         )  # fmt: skip
 
     inputs = {"target": target} | ({"init": Path(settings.init)} if settings.init else {})
     shape = {"draft": settings.model_dump(), "prompts": text.describe([settings.prompts]), "seed": seed}
+    if with_head:
+        shape["pins"] = registry.digest(_HEAD_ENGINE)
     return Stage("train-draft", "draft", inputs, shape, make)
 
 

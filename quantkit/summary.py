@@ -45,7 +45,7 @@ def draft_rows(results: dict[str, Any]) -> list[Row]:
         ),
         ("tokens a step on vLLM", steps(lambda each: _length(each["0"]["vllm"]))),
     ]
-    for heat in accepted["after"]:
+    for heat in (heat for heat, each in accepted["after"].items() if "offline" in each):
         kinds = ["greedy"] if heat == "0" else ["greedy", "sampled"]
         rows += [
             (
@@ -55,14 +55,17 @@ def draft_rows(results: dict[str, Any]) -> list[Row]:
             for kind in kinds
         ]
     first = accepted[results["kept"]]["0"]["vllm"]["per_position"]
-    return [
-        *rows,
+    rows += [
         ("accepted at each position, as kept", ", ".join(f"{share:.0%}" for share in first)),
         (f"{results['loss']} by epoch", " -> ".join(f"{loss:.2f}" for loss in results["epoch_losses"])),
-        (
-            "tokens a step on validation prompts",
-            " -> ".join(f"{length:.2f}" for length in results["epoch_accepted_lengths"]),
-        ),
+    ]
+    if "before" in results:
+        rows.append(("before training", results["before"]))
+    if "epoch_accepted_lengths" in results:
+        lengths = " -> ".join(f"{length:.2f}" for length in results["epoch_accepted_lengths"])
+        rows.append(("tokens a step on validation prompts", lengths))
+    return [
+        *rows,
         ("trained on", f"{results['train_prompts']} prompts, {results['tokens']} tokens an epoch"),
         ("held out", f"{results['held_out_prompts']} prompts, {results['speculative_tokens']} draft tokens, greedy"),
         ("kept", _kept(results)),

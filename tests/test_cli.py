@@ -23,8 +23,8 @@ FROZEN = {
     "engines install": "name",
     "eval": "candidate --device --fresh --length --max-perplexity-drift --out --reference --samples --seed --text",
     "train-draft": "target --answer-tokens --batch-size --epochs --fit --fresh --held-out-prompts --init --keep-layers "
-    "--layer-choice --learning-rate --loss --on-policy --out --patience --prompt-tokens --prompts --quantize --seed "
-    "--speculative-tokens --temperature --top-k --validation-prompts",
+    "--kind --layer-choice --learning-rate --loss --on-policy --out --patience --prompt-tokens --prompts --quantize "
+    "--seed --speculative-tokens --temperature --top-k --validation-prompts",
     "serve bundle": "--draft --fresh --gpu-memory-utilization --kv-cache-dtype --max-model-len "
     "--max-num-batched-tokens --max-num-seqs --out --prefix-caching --report --served-model-name --speculate "
     "--speculative-tokens --target --tensor-parallel-size",
@@ -141,6 +141,15 @@ def test_a_draft_of_another_vocabulary_is_refused(make_llama, tiny_llama: Path, 
 def test_a_draft_with_as_many_layers_as_its_target_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
     code, said = _call("train-draft", tiny_llama, "--keep-layers", 2, "--out", tmp_path / "draft")
     assert code == 2 and "a draft needs fewer" in said
+
+
+def test_a_head_on_too_few_layers_or_with_what_only_models_have_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    head = ("train-draft", tiny_llama, "--kind", "eagle3", "--out", tmp_path / "head")
+    code, said = _call(*head)
+    assert code == 2 and "the target has 2 layers" in said and "choose kind draft_model" in said
+    code, said = _call(*head, "--keep-layers", 1, "--loss", "lk_hybrid")
+    assert code == 2 and "kind eagle3 takes no keep_layers, loss" in said
+    assert not (tmp_path / "head" / "quantkit.json").exists()
 
 
 @pytest.mark.parametrize("word", ["eagle3", "my-DSpark-tests"])

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -132,6 +132,7 @@ def chances(
 def measure(
     session: Session, target: Path, draft: Path, held_out: Sequence[Exchange], *, k: int, longest: int, folder: Path,
     report: Report, what: str, temperature: float = 0.0, seed: int = 0,
+    method: Literal["draft_model", "eagle3"] = "draft_model",
 ) -> Acceptance:  # fmt: skip
     """Acceptance on the real vLLM: the target answers the held-out prompts with the draft before it."""
     stop = stop_tokens(target)
@@ -144,8 +145,8 @@ def measure(
     ]  # fmt: skip
     room = max(len(exchange.prompt) for exchange in held_out) + longest + k + 1
     job = offline.Job(
-        model=str(target), draft=str(draft), speculative_tokens=k, requests=requests, max_model_len=room,
-        max_num_seqs=32,
+        model=str(target), draft=str(draft), speculative_method=method, speculative_tokens=k, requests=requests,
+        max_model_len=room, max_num_seqs=32,
     )  # fmt: skip
     _, counted = session.run(job, folder, on_result=lambda done, total: report(what, done, total))
     assert counted is not None

@@ -1,6 +1,7 @@
 """The whole way from a target to its draft: prompts, answers, acceptance before, training, acceptance after."""
 
 import itertools
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit import conversations, ranks, speculation, vllm_environment
+from quantkit import artifacts, conversations, ranks, speculation, vllm_environment
 from quantkit.checkpoint import Checkpoint, open_checkpoint, write_dense
 from quantkit.conversations import Exchange
 from quantkit.draft import acceptance, fit, initialize, plan, teacher, train
@@ -27,6 +28,8 @@ _APART = 2.0  # standard errors that vLLM's count and the logits' may differ by
 
 # Writes a 4-bit copy of a draft (second path), calibrated on texts of the target's.
 Quantizer = Callable[[Path, Path, Sequence[list[int]]], None]
+# Writes a head (third path) for a dense target (first), trained on its exchanges (a file), and says how that went.
+HeadTrainer = Callable[[Path, Path, Path], dict[str, Any]]
 
 
 class Texts(NamedTuple):
@@ -38,7 +41,10 @@ class Texts(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """A draft's acceptance by temperature; vLLM's own counters where its build speculates rightly."""
+    """A draft's acceptance by temperature; vLLM's own counters where its build speculates rightly.
+
+    offline: empty for a head, which has no logits without its target.
+    """
 
     offline: dict[float, Offline]
     vllm: dict[float, Acceptance]
@@ -46,19 +52,21 @@ class Judged(NamedTuple):
     def summary(self) -> dict[str, Any]:
         """For manifests and reports, by temperature as a word."""
         return {
-            f"{temperature:g}": {"offline": self.offline[temperature].summary()}
+            f"{temperature:g}": ({"offline": self.offline[temperature].summary()} if self.offline else {})
             | ({"vllm": self.vllm[temperature].summary()} if temperature in self.vllm else {})
-            for temperature in self.offline
+            for temperature in self.offline or self.vllm
         }
 
 
 def train_draft(
     target_path: Path, *, settings: Draft, seed: int, out: Path, folder: Path, report: Report,
-    quantize: Quantizer | None = None, hand_out: ranks.HandOut = lambda order: None,
+    quantize: Quantizer | None = None, train_head: HeadTrainer | None = None,
+    hand_out: ranks.HandOut = lambda order: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write a trained draft into `out` and return what its manifest says; `folder` keeps what a resumed run needs.
 
     quantize: makes the draft's own 4-bit weights; acceptance is measured again with them, and the better one is kept.
+    train_head: trains a draft of the kind eagle3, which is none of a model's own and is not quantized.
     hand_out: tells the processes that torchrun started beside this one to train along.
 
     Raises:
@@ -69,8 +77,11 @@ def train_draft(
     speaking = speaking_target(target, folder)
     with Session() as session:  # one process for all of vLLM's work: importing it takes longer than a job
         texts = _texts(session, speaking, settings, seed, folder, report)
-        untouched, initial, origin = _initialize(target, settings, texts.training, folder, report)
         taught = lessons(texts.training)
+        if settings.kind == "eagle3":
+            assert train_head is not None
+            return _with_head(session, target, speaking, texts, taught, train_head, settings, seed, out, folder, report)
+        untouched, initial, origin = _initialize(target, settings, texts.training, folder, report)
         said = _said(target, taught, settings, folder / "said", report)
         judge = _Judge(session, target, speaking, texts.held_out, settings, seed, folder, report)
         before = judge.measure(untouched, "before")
@@ -107,6 +118,7 @@ def train_draft(
     for line in (apart := _apart(judged)):
         report(line, 0, LINE)
     return {
+        "kind": settings.kind,
         "origin": origin,
         "train_prompts": len(texts.training),
         "validation_prompts": len(texts.validation),
@@ -119,7 +131,7 @@ def train_draft(
         "epoch_accepted_lengths": [round(length, 4) for length in training.accepted_lengths],
         "best_epoch": training.best_epoch,
         "speculative_tokens": settings.speculative_tokens,
-        "target_weights": "as stored" if speaking == target_path else "dequantized, as a CPU runs them faster",
+        "target_weights": _weights(target, speaking),
         "acceptance": {name: each.summary() for name, each in judged.items()},
         "fitted": {f"{temperature:g}": each.summary() for temperature, each in fitted.items()},  # before training
         "expected_speed_up": {
@@ -131,10 +143,50 @@ def train_draft(
     } | speculation.summary(plans[chosen])
 
 
+def _with_head(
+    session: Session, target: Checkpoint, speaking: Path, texts: Texts, taught: list[Exchange],
+    train_head: HeadTrainer, settings: Draft, seed: int, out: Path, folder: Path, report: Report,
+) -> dict[str, Any]:  # fmt: skip
+    """A head on the target's own states, by another engine; vLLM counts on the prompts that a draft model is judged by.
+
+    Nothing is measured before training: an untrained head proposes noise.
+    """
+    trained, exchanges, facts_path = folder / "trained", folder / "exchanges.jsonl", folder / "head.json"
+    if not facts_path.exists():
+        conversations.save_exchanges(exchanges, taught)
+        artifacts.write_json(facts_path, train_head(_dense(target, folder), exchanges, trained))
+    facts: dict[str, Any] = json.loads(facts_path.read_bytes())
+    judged = Judged({}, _counted(session, speaking, trained, texts.held_out, settings, seed, folder, report, "after"))
+    plans = plan.plans(
+        session, target.path, {"after": trained}, {"after": judged.vllm[0.0]}, method=settings.kind,
+        folder=folder / "steps", report=report,
+    )["after"]  # fmt: skip
+    for file in sorted(trained.iterdir()):
+        shutil.copy2(file, out / file.name)
+    conversations.save_exchanges(out / "held_out.jsonl", texts.held_out[0.0])
+    return {
+        "kind": settings.kind,
+        "origin": "an untrained head on the target's states",
+        "train_prompts": len(texts.training),
+        "held_out_prompts": len(texts.held_out[0.0]),
+        "tokens": sum(len(exchange.answer) for exchange in taught),  # an epoch, of prompts and answers
+        "answer_temperatures": list(settings.temperatures),
+        "loss": settings.loss,
+        "speculative_tokens": settings.speculative_tokens,
+        "target_weights": _weights(target, speaking),
+        "acceptance": {"after": judged.summary()},
+        "before": "not measured: an untrained head proposes noise",
+        "expected_speed_up": {"after": {each.profile: each.loads[0].best.speedup for each in plans}},
+        "kept": "after",
+        **facts,
+        **speculation.summary(plans),
+    }
+
+
 def _check(target: Checkpoint, settings: Draft, out: Path) -> None:
     """What can be seen to be wrong before any work, all at once."""
     problems = []
-    for word in PATH_TRAPS:
+    for word in PATH_TRAPS if settings.kind == "draft_model" else ():  # whoever names eagle3 is taken at the word
         if word in str(out.resolve()).lower():
             problems.append(
                 f"{out.resolve()} has {word!r} in its path, and vLLM would take the draft for another kind of "
@@ -149,6 +201,8 @@ def _check(target: Checkpoint, settings: Draft, out: Path) -> None:
             "draft.prompt_tokens or draft.answer_tokens"
         )
     raise_all(problems)
+    if settings.kind == "eagle3":
+        return
     if settings.keep_layers is not None:
         initialize.check_keep_layers(target, settings.keep_layers)
     else:
@@ -162,7 +216,12 @@ def speaking_target(target: Checkpoint, folder: Path) -> Path:
     vLLM's 4-bit CPU kernel is made for a few sequences at once: with 128 of them the dequantized weights in bfloat16
     finished prompts at about twice its rate.
     """
-    if target.storage is None or not vllm_environment.is_cpu_build():
+    return _dense(target, folder) if vllm_environment.is_cpu_build() else target.path
+
+
+def _dense(target: Checkpoint, folder: Path) -> Path:
+    """The target with dequantized weights: itself, or a copy."""
+    if target.storage is None:
         return target.path
     dense = folder / "dense-target"
     if not (dense / "config.json").exists():
@@ -270,16 +329,31 @@ class _Judge:
         }
 
     def measure(self, draft: Path, when: str) -> Judged:
-        """Acceptance at every temperature; vLLM's CPU build garbles speculation above 0 and is asked at 0 alone."""
-        offline, counted = self.by_logits(draft), {}
-        for heat, texts in self.held_out.items():
-            if heat == 0 or not vllm_environment.is_cpu_build():
-                counted[heat] = acceptance.measure(
-                    self.session, self.speaking, draft, texts, k=self.settings.speculative_tokens,
-                    longest=self.settings.answer_tokens, folder=self.folder / f"{when}-{heat:g}", report=self.report,
-                    what=f"acceptance on vLLM, {when}", temperature=heat, seed=self.seed,
-                )  # fmt: skip
-        return Judged(offline, counted)
+        """Acceptance at every temperature, by logits and, where it can be asked, by vLLM."""
+        counted = _counted(
+            self.session, self.speaking, draft, self.held_out, self.settings, self.seed, self.folder, self.report, when
+        )
+        return Judged(self.by_logits(draft), counted)
+
+
+def _counted(
+    session: Session, speaking: Path, draft: Path, held_out: dict[float, list[Exchange]], settings: Draft, seed: int,
+    folder: Path, report: Report, when: str,
+) -> dict[float, Acceptance]:  # fmt: skip
+    """vLLM's own counts by temperature; its CPU build garbles speculation above 0 and is asked at 0 alone."""
+    return {
+        heat: acceptance.measure(
+            session, speaking, draft, texts, k=settings.speculative_tokens, longest=settings.answer_tokens,
+            folder=folder / f"{when}-{heat:g}", report=report, what=f"acceptance on vLLM, {when}",
+            temperature=heat, seed=seed, method=settings.kind,
+        )
+        for heat, texts in held_out.items()
+        if heat == 0 or not vllm_environment.is_cpu_build()
+    }  # fmt: skip
+
+
+def _weights(target: Checkpoint, speaking: Path) -> str:
+    return "as stored" if speaking == target.path else "dequantized, as a CPU runs them faster"
 
 
 def _replay(

@@ -8,6 +8,7 @@ vLLM's draft first reads what the last step may have accepted, B (k + 2) tokens 
 token.
 """
 
+import json
 import statistics
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from quantkit import offline, vllm_environment
-from quantkit.architecture import linear_shapes
+from quantkit.architecture import linear_shapes, read_architecture
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.draft.acceptance import Acceptance
 from quantkit.offline import Session
@@ -77,7 +78,7 @@ class Costs(NamedTuple):
 
 def plans(
     session: Session, target: Path, drafts: Mapping[str, Path], acceptance: Mapping[str, Acceptance], *, folder: Path,
-    report: Report,
+    report: Report, method: Literal["draft_model", "eagle3"] = "draft_model",
 ) -> dict[str, list[Plan]]:  # fmt: skip
     """For each draft a plan from steps measured on this machine and, where that has no GPU, an estimated one for GPUs.
 
@@ -85,11 +86,15 @@ def plans(
     """
     sweep = SWEEPS["cpu" if vllm_environment.is_cpu_build() else "gpu"]
     found: dict[str, list[Plan]] = {}
-    for name, costs in measure_costs(session, target, drafts, sweep, folder=folder, report=report).items():
+    for name, costs in measure_costs(
+        session, target, drafts, sweep, method=method, folder=folder, report=report
+    ).items():
         found[name] = [make(acceptance[name], costs)]
         if costs.profile == "cpu":
-            sizes = reads(open_checkpoint(target)), reads(open_checkpoint(drafts[name]))
-            found[name].append(make(acceptance[name], estimate_costs(*sizes, ASSUMED_GPU)))
+            draft = drafts[name]
+            read = reads(open_checkpoint(draft)) if method == "draft_model" else reads_of_head(draft)
+            on_gpu = estimate_costs(reads(open_checkpoint(target)), read, ASSUMED_GPU)
+            found[name].append(make(acceptance[name], on_gpu))
     return found
 
 
@@ -158,7 +163,8 @@ def between(timed: Mapping[int, Measured], k: int) -> Measured:
 
 
 def measure_costs(
-    session: Session, target: Path, drafts: Mapping[str, Path], sweep: Sweep, *, folder: Path, report: Report
+    session: Session, target: Path, drafts: Mapping[str, Path], sweep: Sweep, *, folder: Path, report: Report,
+    method: Literal["draft_model", "eagle3"] = "draft_model",
 ) -> dict[str, Costs]:  # fmt: skip
     """Seconds of the real vLLM's steps on this machine, without a draft and with each of these.
 
@@ -180,7 +186,8 @@ def measure_costs(
         # while prompts are read piece by piece, sequences that began go on
         room = (sweep.steps + 4 + most * sweep.context_tokens // 2048) * (k + 1)
         timing = offline.Timing(
-            model=str(target), draft=str(draft) if draft else None, speculative_tokens=max(k, 1), prompts=prompts,
+            model=str(target), draft=str(draft) if draft else None, speculative_method=method,
+            speculative_tokens=max(k, 1), prompts=prompts,
             batches=[*sweep.concurrencies] * sweep.rounds, steps=sweep.steps,
             max_model_len=sweep.context_tokens + room, max_num_seqs=most,
         )  # fmt: skip
@@ -222,6 +229,14 @@ def reads(checkpoint: Checkpoint, *, cache_element_bytes: int = 2) -> Reads:
     multiplied = arch.num_layers * linears + arch.vocab_size * arch.hidden_size
     cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * cache_element_bytes
     return Reads(stored, 2 * multiplied, cache)
+
+
+def reads_of_head(head: Path) -> Reads:
+    """Of an EAGLE-3 head, all of it 16 bits and multiplied: two bytes and two operations a weight."""
+    arch, _ = read_architecture(json.loads((head / "config.json").read_bytes())["transformer_layer_config"])
+    assert arch is not None, head
+    stored = sum(file.stat().st_size for file in head.glob("*.safetensors"))
+    return Reads(stored, stored, 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * 2)
 
 
 def estimate_costs(

@@ -1,5 +1,6 @@
-"""One real engine in its real environment, made on demand: what it writes is taken, evaluated and served."""
+"""Real engines in their real environments, made on demand: what they write is taken, evaluated and served."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from quantkit import artifacts, offline, tokens
 from quantkit.checkpoint import open_checkpoint
 from quantkit.cli import main
 from quantkit.draft.train import build_model
+from quantkit.engines import registry
 
 pytestmark = [pytest.mark.slow, pytest.mark.vllm, pytest.mark.timeout(3600)]
 
@@ -34,6 +36,31 @@ def test_llm_compressor_from_nothing_to_vllm(
     expected, original = (_logprobs(path, ids) for path in (out, model))
     assert (served - expected).abs().mean() < 0.01
     assert (served - original).abs().mean() > 0.02, "the test must be able to tell the two apart"
+
+
+def test_speculators_from_nothing_to_a_head_that_vllm_serves(
+    make_llama, texts: tuple[Path, Path], tmp_path: Path  # type: ignore[no-untyped-def]
+) -> None:  # fmt: skip
+    """A 4-bit target that answers every prompt with much the same words: a head learns them, and vLLM accepts them."""
+    model = make_llama(tmp_path / "model", layers=8, initializer_range=0.15, dtype=torch.float16)
+    target, out, prompts = tmp_path / "target", tmp_path / "head", tmp_path / "prompts.jsonl"
+    words = texts[0].read_text().split()
+    asked = [" ".join(words[begin : begin + 5 + begin % 4]) for begin in range(0, 48 * 9, 9)]
+    prompts.write_text("".join(json.dumps({"prompt": each}) + "\n" for each in asked))
+    for command in (
+        ["quantize", model, "--out", target, "--effort", "fast", "--group-size", 32, "--samples", 4, "--length", 64,
+         "--calibration", texts[0]],
+        ["train-draft", target, "--out", out, "--kind", "eagle3", "--prompts", prompts, "--held-out-prompts", 8,
+         "--validation-prompts", 2, "--answer-tokens", 24, "--temperature", 0, "--epochs", 20, "--learning-rate", 5e-3],
+    ):  # fmt: skip
+        done = CliRunner().invoke(main, [str(word) for word in command])
+        assert done.exit_code == 0, done.stderr
+    manifest = artifacts.read_manifest(out)
+    assert manifest is not None
+    found = manifest.results
+    assert found["engine"]["version"] == registry.EVERY["speculators"].version
+    assert found["epoch_losses"][-1] < 0.7 * found["epoch_losses"][0]
+    assert found["acceptance"]["after"]["0"]["vllm"]["per_position"][0] > 0.05, "16 of 320 tokens by chance at best"
 
 
 def _logprobs(path: Path, ids: torch.Tensor) -> torch.Tensor:
