@@ -362,7 +362,7 @@ def _save(accelerator: Any, state: Path) -> None:
     if ranks.rank() == 0:
         shutil.rmtree(fresh, ignore_errors=True)
     ranks.barrier()
-    accelerator.save_state(str(fresh))
+    accelerator.save_state(str(fresh), safe_serialization=False)  # safetensors tells of each tied head
     ranks.barrier()
     if ranks.rank() == 0:
         shutil.rmtree(state, ignore_errors=True)
