@@ -91,7 +91,9 @@ def main(target: Path, out: Path, rows: str, texts: int, threads: int, serve: bo
     target, out = target.resolve(), out.resolve()
     torch.set_num_threads(threads)
     if one is not None:
-        _train(target, out, one)
+        if not (_folder(out, one) / "trained.json").exists():
+            _train(target, out, one)
+        _judge(target, out, one)
         return
     names = list(ROWS) if rows == "all" else [name for part in rows.split(";") if (name := part.strip())]
     if missing := [name for name in names if name not in ROWS]:
@@ -148,7 +150,7 @@ def _texts(out: Path, row: Row) -> list[Exchange]:
 
 
 def _train(target_path: Path, out: Path, name: str) -> None:
-    """Train a row and judge it by its logits."""
+    """Train a row's draft."""
     row, target, folder = ROWS[name], open_checkpoint(target_path), _folder(out, name)
     folder.mkdir(exist_ok=True)
     shutil.rmtree(folder / "state", ignore_errors=True)  # the seconds of a row are those of one process
@@ -182,13 +184,19 @@ def _train(target_path: Path, out: Path, name: str) -> None:
     made = folder / "made"
     config = open_checkpoint(initial).config
     initialize.write_draft(made, config, train.load_weights(trained.weights), companions=target_path)
-    found: dict[str, Any] = {
-        "name": name, **row._asdict(), "kept": kept,
-        "fit_cpu_s": round(fit_s, 1), "epochs_cpu_s": epochs_s, "tokens": trained.tokens,
-        "losses": trained.losses, "lengths": trained.accepted_lengths, "steps": trained.steps,
+    facts = {
+        "name": name, **row._asdict(), "kept": kept, "fit_cpu_s": round(fit_s, 1), "epochs_cpu_s": epochs_s,
+        "tokens": trained.tokens, "losses": trained.losses, "lengths": trained.accepted_lengths, "steps": trained.steps,
     }  # fmt: skip
-    for when, path in (("before", layers), ("fitted", initial), ("after", made)):
-        model = train.build_model(open_checkpoint(path), dtype=torch.float32).eval()
+    (folder / "trained.json").write_text(json.dumps(facts))
+
+
+def _judge(target_path: Path, out: Path, name: str) -> None:
+    """What the logits say of a row's draft on the held-out prompts."""
+    folder, target = _folder(out, name), open_checkpoint(target_path)
+    found: dict[str, Any] = {}
+    for when in ("layers", "initial", "made"):
+        model = train.build_model(open_checkpoint(folder / when), dtype=torch.float32).eval()
         for heat in ("0", "0.7"):
             held_out = conversations.load_exchanges(out / f"held-out-{heat}.jsonl")
             heard = teacher.listen(
@@ -196,7 +204,8 @@ def _train(target_path: Path, out: Path, name: str) -> None:
             )
             offline = train.offline_acceptance(model, held_out, heard, temperature=float(heat), k=SPECULATIVE_TOKENS)
             found.setdefault(when, {})[heat] = offline.summary()
-    (folder / "row.json").write_text(json.dumps(found))
+    trained = json.loads((folder / "trained.json").read_text())
+    (folder / "row.json").write_text(json.dumps({**trained, "acceptance": found}))
 
 
 def _layers(target: Checkpoint, row: Row, texts: list[list[int]]) -> tuple[list[int], dict[str, torch.Tensor]]:
@@ -217,11 +226,11 @@ def _serve(target: Path, out: Path, names: list[str]) -> None:
     with Session() as session:
         for name in names:
             folder = _folder(out, name)
-            for when, draft in (("before", folder / "layers"), ("after", folder / "made")):
+            for when in ("layers", "made"):
                 path = folder / f"vllm-{when}.json"
                 if not path.exists():
                     counted = acceptance.measure(
-                        session, speaking, draft, held_out, k=SPECULATIVE_TOKENS,
+                        session, speaking, folder / when, held_out, k=SPECULATIVE_TOKENS,
                         longest=Draft.model_fields["answer_tokens"].default, folder=folder / f"vllm-{when}",
                         report=silent, what=name,
                     )  # fmt: skip

@@ -25,26 +25,27 @@ def read(folder: Path) -> list[dict[str, Any]]:
     rows = []
     for file in folder.glob("*/row.json"):
         row = json.loads(file.read_text())
-        for when in ("before", "after"):
+        for when, found in row["acceptance"].items():
             counted = file.with_name(f"vllm-{when}.json")
-            row[when]["vllm"] = json.loads(counted.read_text()) if counted.exists() else None
+            found["vllm"] = json.loads(counted.read_text()) if counted.exists() else None
         rows.append(row)
-    return sorted(rows, key=lambda row: -float(row["after"]["0"]["greedy"]["accepted_length"]))
+    return sorted(rows, key=lambda row: -float(row["acceptance"]["made"]["0"]["greedy"]["accepted_length"]))
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table: acceptance on the held-out prompts by the logits, at temperatures 0 and 0.7, and by vLLM at 0."""
     lines = [
-        "| trained by | tokens x epochs | CPU s | before | accepted length +- SE | first token | vLLM | "
+        "| trained by | tokens x epochs | CPU s | before | fitted | accepted length +- SE | first token | vLLM | "
         "at 0.7, greedy | at 0.7, sampled | sum min(p, q) | p(argmax q) |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cold, warm = row["after"]["0"], row["after"]["0.7"]
-        vllm = row["after"]["vllm"]
+        made = row["acceptance"]["made"]
+        cold, warm, vllm = made["0"], made["0.7"], made["vllm"]
+        before = [row["acceptance"][when]["0"]["greedy"] for when in ("layers", "initial")]
         cells = [
             row["name"], f"{row['tokens']:,} x {row['epochs']}", f"{row['epochs_cpu_s'][-1]:,.0f}",
-            f"{row['before']['0']['greedy']['accepted_length']:.2f}", _length(cold["greedy"]),
+            *(f"{each['accepted_length']:.2f}" for each in before), _length(cold["greedy"]),
             f"{cold['greedy']['per_position'][0]:.1%}", f"{vllm['accepted_length']:.2f}" if vllm else "not asked",
             _length(warm["greedy"]), _length(warm["sampled"]), f"{warm['overlap']:.3f}", f"{warm['top']:.3f}",
         ]  # fmt: skip
@@ -69,7 +70,7 @@ def picture(rows: list[dict[str, Any]], folder: Path) -> None:
             1, 2 if curves else 1, figsize=(10 if curves else 5.5, 0.3 * len(rows) + 1.6), squeeze=False,
             layout="constrained",
         )  # fmt: skip
-        bars, found = axes[0][0], [row["after"]["0"]["greedy"] for row in rows]
+        bars, found = axes[0][0], [row["acceptance"]["made"]["0"]["greedy"] for row in rows]
         bars.barh(
             [row["name"] for row in rows], [each["accepted_length"] - 1 for each in found], left=1, color="#1f5f99",
             xerr=[each["accepted_length_error"] for each in found], error_kw={"elinewidth": 0.8, "capsize": 2},
