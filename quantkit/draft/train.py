@@ -173,7 +173,8 @@ def offline_acceptance(
     for number, text in enumerate(texts):
         input_ids, spans = _pad([text])
         with torch.no_grad():
-            logits_NV = draft(input_ids=input_ids, use_cache=False).logits[0, spans[0]].float()
+            hidden_NC = draft.model(input_ids=input_ids, use_cache=False).last_hidden_state[0, spans[0]]
+            logits_NV = draft.get_output_embeddings()(hidden_NC).float()
             target_NV = teacher.logits(said.read([number]), head_VC, slice(None))
             found = acceptance.chances(logits_NV, target_NV, torch.tensor(text.answer), temperature)
         greedy.append(acceptance.simulate(found["greedy"].tolist(), k))
