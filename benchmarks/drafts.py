@@ -45,7 +45,7 @@ class Row(NamedTuple):
     layers: int = 12
     layer_choice: str = "fit"
     fitted: bool = True  # whether the kept layers stand for those left out before they are trained
-    learning_rate: float = 4e-4
+    learning_rate: float = Draft.model_fields["learning_rate"].default
     batch_size: int = Draft.model_fields["batch_size"].default
     on_prompts: bool = True  # whether prompts teach as well as answers
 

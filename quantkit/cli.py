@@ -316,7 +316,7 @@ def evaluate(
     help="Of the answers that are learned from. May be repeated: prompts take them in turn.",
 )  # fmt: skip
 @click.option(
-    "--loss", default="forward_kl", show_default=True,
+    "--loss", default="lk_hybrid", show_default=True,
     type=click.Choice(
         ["forward_kl", "reverse_kl", "total_variation", "tvd++", "lk_alpha", "lk_hybrid", "cross_entropy"]
     ),
@@ -329,7 +329,7 @@ def evaluate(
 @click.option("--epochs", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--patience", type=click.IntRange(1), default=3, show_default=True, help="Epochs without gain to stop.")
 @click.option("--batch-size", type=click.IntRange(1), default=8, show_default=True)
-@click.option("--learning-rate", type=float, default=6e-4, show_default=True)
+@click.option("--learning-rate", type=float, default=4e-4, show_default=True)
 @click.option("--speculative-tokens", type=click.IntRange(1), default=4, show_default=True)
 @click.option(
     "--quantize", type=click.Choice(["no", "fast", "default", "high"]), default="default", show_default=True,

@@ -129,13 +129,13 @@ class Draft(Section):
     temperatures: Annotated[tuple[Temperature, ...], Field(min_length=1)] = (0.0, 0.7)  # of the answers, in turn
     loss: Literal[
         "forward_kl", "reverse_kl", "total_variation", "tvd++", "lk_alpha", "lk_hybrid", "cross_entropy"
-    ] = "forward_kl"  # fmt: skip
+    ] = "lk_hybrid"  # fmt: skip
     top_k: PositiveInt | None = None  # keep the target's likeliest tokens instead of its states
     on_policy: Annotated[float, Field(ge=0, le=1)] = 0.0  # fraction of prompts that the draft answers anew each epoch
     epochs: PositiveInt = 3
     patience: PositiveInt = 3  # epochs without a longer accepted length until training stops
     batch_size: PositiveInt = 8
-    learning_rate: PositiveFloat = 6e-4
+    learning_rate: PositiveFloat = 4e-4
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  # fraction of the steps
     speculative_tokens: PositiveInt = 4
     quantize: Literal["no", "fast", "default", "high"] = "default"  # the effort of the draft's own 4-bit weights
