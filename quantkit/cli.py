@@ -345,7 +345,7 @@ def train_draft(target: Path, out: Path, init: Path | None, seed: int, fresh: bo
     Example:
       quantkit train-draft llama-w4 --out draft --keep-layers 8 --prompts self:2000
       quantkit train-draft llama-70b-w4 --out draft --init Llama-3.2-1B-Instruct --prompts chats.jsonl
-      quantkit train-draft llama-w4 --out draft --keep-layers 8 --loss lk_hybrid --temperature 0 --temperature 1
+      quantkit train-draft llama-w4 --out draft --keep-layers 8 --loss forward_kl --temperature 0 --temperature 1
       quantkit train-draft llama-w4 --out head --kind eagle3 --prompts self:2000
       torchrun --nproc-per-node 4 --no-python quantkit train-draft llama-w4 --out draft --keep-layers 8
     """

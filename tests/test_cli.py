@@ -147,7 +147,7 @@ def test_a_head_on_too_few_layers_or_with_what_only_models_have_is_refused(tiny_
     head = ("train-draft", tiny_llama, "--kind", "eagle3", "--out", tmp_path / "head")
     code, said = _call(*head)
     assert code == 2 and "the target has 2 layers" in said and "choose kind draft_model" in said
-    code, said = _call(*head, "--keep-layers", 1, "--loss", "lk_hybrid")
+    code, said = _call(*head, "--keep-layers", 1, "--loss", "forward_kl")
     assert code == 2 and "kind eagle3 takes no keep_layers, loss" in said
     assert not (tmp_path / "head" / "quantkit.json").exists()
 
