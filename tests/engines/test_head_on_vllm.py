@@ -63,10 +63,12 @@ def test_from_prompts_to_the_bundle(
     (counted,) = found["acceptance"].values()
     assert set(counted["0"]) == {"vllm"} and counted["0"]["vllm"]["drafts"] > 0
     assert counted["0"]["vllm"]["proposed"] == 3 * counted["0"]["vllm"]["drafts"]
+    assert {plan["profile"]: plan["origin"] for plan in found["plan"]}["gpu"] in ("measured", "estimated")
     assert CliRunner().invoke(main, ["inspect", str(out)]).exit_code == 0
 
     bundle = tmp_path / "bundle"
-    code, said = _call("serve", "bundle", "--target", eight_layers.path, "--draft", out, "--out", bundle)
+    pair = ("--target", eight_layers.path, "--draft", out)
+    code, said = _call("serve", "bundle", *pair, "--out", bundle, "--speculate", "always")
     assert code == 0, said
     assert yaml.safe_load((bundle / "vllm/serve.yaml").read_text())["speculative-config"]["method"] == "eagle3"
     assert CliRunner().invoke(main, ["serve", "check", str(bundle)]).exit_code == 0

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from quantkit import artifacts, offline, tokens
 from quantkit.checkpoint import open_checkpoint
@@ -41,8 +42,13 @@ def test_llm_compressor_from_nothing_to_vllm(
 def test_speculators_from_nothing_to_a_head_that_vllm_serves(
     make_llama, texts: tuple[Path, Path], tmp_path: Path  # type: ignore[no-untyped-def]
 ) -> None:  # fmt: skip
-    """A 4-bit target that answers every prompt with much the same words: a head learns them, and vLLM accepts them."""
+    """A 4-bit target whose next token hangs on the one before alone: a head learns that, and vLLM accepts it."""
     model = make_llama(tmp_path / "model", layers=8, initializer_range=0.15, dtype=torch.float16)
+    weights = load_file(model / "model.safetensors")
+    for name in weights:
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            weights[name] *= 0.02
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     target, out, prompts = tmp_path / "target", tmp_path / "head", tmp_path / "prompts.jsonl"
     words = texts[0].read_text().split()
     asked = [" ".join(words[begin : begin + 5 + begin % 4]) for begin in range(0, 48 * 9, 9)]
@@ -60,7 +66,7 @@ def test_speculators_from_nothing_to_a_head_that_vllm_serves(
     found = manifest.results
     assert found["engine"]["version"] == registry.EVERY["speculators"].version
     assert found["epoch_losses"][-1] < 0.7 * found["epoch_losses"][0]
-    assert found["acceptance"]["after"]["0"]["vllm"]["per_position"][0] > 0.05, "16 of 320 tokens by chance at best"
+    assert found["acceptance"]["after"]["0"]["vllm"]["acceptance_rate"] > 0.3
 
 
 def _logprobs(path: Path, ids: torch.Tensor) -> torch.Tensor:
