@@ -14,16 +14,16 @@ LAYERS = [2, 4, 5]  # of a target of eight layers
 @pytest.fixture(scope="module")
 def eight_layers(make_llama, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:  # type: ignore[no-untyped-def]
     """Eight layers, grouped-query attention."""
-    return open_checkpoint(make_llama(tmp_path_factory.mktemp("target") / "model", layers=8, heads=4, kv_heads=2))
+    return open_checkpoint(make_llama(tmp_path_factory.mktemp("target") / "model", layers=8, heads=2, kv_heads=1))
 
 
 @pytest.fixture
 def config(eight_layers: Checkpoint) -> dict[str, Any]:
     """What speculators 0.9.0 wrote for a target of these sizes, but for what is of no account here."""
-    copied = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
-              "rope_parameters", "max_position_embeddings", "vocab_size")  # fmt: skip
+    copied = ("hidden_act", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+              "rms_norm_eps", "rope_parameters", "max_position_embeddings", "vocab_size")  # fmt: skip
     layer = {key: eight_layers.config[key] for key in copied} | {
-        "model_type": "llama", "num_hidden_layers": 1, "head_dim": 16, "sliding_window": 0,
+        "model_type": "llama", "num_hidden_layers": 1, "head_dim": 32, "sliding_window": 0,
     }  # fmt: skip
     return {
         "architectures": ["Eagle3DraftModel"], "auto_map": {"": "config.Eagle3SpeculatorConfig"},
