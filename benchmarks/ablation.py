@@ -18,6 +18,7 @@ import torch
 from quantkit import conversations, hardware, tokens
 from quantkit.checkpoint import open_checkpoint
 from quantkit.evaluate import divergence
+from quantkit.evaluate.windows import of_passages
 from quantkit.offline import Session
 from quantkit.progress import silent
 from quantkit.quantize import stream
@@ -110,16 +111,13 @@ def _measure(
     stream.write_checkpoint(source, settings, folder=folder, out=made)
     found: dict[str, Any] = {"cpu_s": cpu_s}
     for kind, held_out in judged.items():
-        kept = out / f"states-{kind}"
-        kept.mkdir(exist_ok=True)
-        (kept / "candidate.safetensors").unlink(missing_ok=True)
-        scores = divergence.compare(
-            source, open_checkpoint(made, quantized=True), held_out, device="cpu", batch_size=4, folder=kept,
-            report=silent,
-        )  # fmt: skip
+        by_sequence = divergence.beside(
+            source, open_checkpoint(made, quantized=True), of_passages(held_out), device="cpu",
+            folder=out / f"states-{kind}", report=silent,
+        ).by_sequence()  # fmt: skip
         found[kind] = {
-            "kl": scores.kl_ST.double().mean(-1).tolist(),
-            "drift": (scores.candidate_nll_ST - scores.reference_nll_ST).double().mean(-1).tolist(),
+            "kl": by_sequence["kl"].tolist(),
+            "drift": (by_sequence["candidate_nll"] - by_sequence["reference_nll"]).tolist(),
         }
     return found
 

@@ -1,9 +1,11 @@
 """Drafts side by side: same target, same texts, same number of steps; what each way of training gives.
 
 Each row trains one draft in a process of its own, and is kept in `--out`; run again to go on, or to add rows. Texts
-are answered once, half of them at temperature 0 and half at 0.7; a row takes those it learns from. After every epoch
-the accepted length on the validation prompts is taken, and the CPU seconds until then: the curve. At the end the
-held-out prompts: by the logits at temperatures 0 and 0.7, and with `--serve` by vLLM's own counters.
+are answered once, half of them at temperature 0 and half at 0.7; a row takes those it learns from. Where drafts start
+is made, and judged, once for all rows that start there. After every epoch the accepted length on the validation prompts
+is taken, and the CPU seconds until then: the curve. At the end the held-out prompts: text by text by the logits, at
+temperatures 0 and 0.7, so that rows are compared in pairs; and with `--serve` by vLLM's own counters, which are all
+that there is of an EAGLE-3 head.
 
     python benchmarks/drafts.py runs/quickstart/target --out runs/drafts --rows all
 """
@@ -15,8 +17,9 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import click
 import drafts_table
@@ -26,6 +29,7 @@ from quantkit import conversations
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.conversations import Exchange
 from quantkit.draft import acceptance, distil, fit, initialize, teacher, train
+from quantkit.engines import run
 from quantkit.offline import Session
 from quantkit.progress import silent
 from quantkit.recipe import Draft
@@ -48,6 +52,8 @@ class Row(NamedTuple):
     learning_rate: float = Draft.model_fields["learning_rate"].default
     batch_size: int = Draft.model_fields["batch_size"].default
     on_prompts: bool = True  # whether prompts teach as well as answers
+    kind: Literal["draft_model", "eagle3"] = "draft_model"
+    draft_vocab_size: int = Draft.model_fields["draft_vocab_size"].default  # of a head
 
 
 ROWS = {
@@ -62,19 +68,19 @@ ROWS = {
     "total variation": Row("total_variation"),
     "cross-entropy": Row("cross_entropy"),
     "answers alone teach": Row(on_prompts=False),
-    "100 texts, 2 epochs": Row(texts=100, epochs=2),
+    "100 texts": Row(texts=100),
     "400 texts": Row(texts=400),
     "texts at 0": Row(temperature="0"),
     "texts at 0.7": Row(temperature="0.7"),
     "evenly spaced layers": Row(layer_choice="evenly"),
     "evenly spaced layers, not fitted": Row(layer_choice="evenly", fitted=False),
-    "layers by influence": Row(layer_choice="influence"),
     "not fitted": Row(fitted=False),
     "8 layers": Row(layers=8),
     "6 layers": Row(layers=6),
     "learning rate 1e-4": Row(learning_rate=1e-4),
     "learning rate 1e-3": Row(learning_rate=1e-3),
     "batches of 4": Row(batch_size=4),
+    "EAGLE-3 head": Row("forward_kl", 200, 2, layers=1, learning_rate=1e-3, kind="eagle3", draft_vocab_size=8000),
 }
 
 
@@ -91,9 +97,7 @@ def main(target: Path, out: Path, rows: str, texts: int, threads: int, serve: bo
     target, out = target.resolve(), out.resolve()
     torch.set_num_threads(threads)
     if one is not None:
-        if not (_folder(out, one) / "trained.json").exists():
-            _train(target, out, one)
-        _judge(target, out, one)
+        _row(target, out, one)
         return
     names = list(ROWS) if rows == "all" else [name for part in rows.split(";") if (name := part.strip())]
     if missing := [name for name in names if name not in ROWS]:
@@ -149,21 +153,24 @@ def _texts(out: Path, row: Row) -> list[Exchange]:
     return {"0": cold, "0.7": warm}[row.temperature][: row.texts]
 
 
-def _train(target_path: Path, out: Path, name: str) -> None:
-    """Train a row's draft."""
+def _row(target_path: Path, out: Path, name: str) -> None:
+    """Train a row's draft and judge it."""
     row, target, folder = ROWS[name], open_checkpoint(target_path), _folder(out, name)
     folder.mkdir(exist_ok=True)
+    if not (folder / "trained.json").exists():
+        trained = _train_head(target, out, row, folder) if row.kind == "eagle3" else _train(target, out, name)
+        (folder / "trained.json").write_text(json.dumps({"name": name, **row._asdict(), **trained}))
+    facts = json.loads((folder / "trained.json").read_text())
+    judged = _judge(target, out, folder / "made") if row.kind == "draft_model" else None
+    (folder / "row.json").write_text(json.dumps({**facts, "acceptance": judged}))
+
+
+def _train(target: Checkpoint, out: Path, name: str) -> dict[str, Any]:
+    row, folder = ROWS[name], _folder(out, name)
     shutil.rmtree(folder / "state", ignore_errors=True)  # the seconds of a row are those of one process
-    answered = _texts(out, row)
-    texts = distil.lessons(answered) if row.on_prompts else answered
-    begin_s = time.process_time()
-    kept, weights = _layers(target, row, [text.prompt + text.answer for text in answered])
-    fit_s = time.process_time() - begin_s
-    layers = folder / "layers"  # as they are in the target
-    config, untouched = initialize.from_layers(target, kept)
-    initialize.write_draft(layers, config, untouched, companions=target_path)
-    initial = folder / "initial"
-    initialize.write_draft(initial, config, untouched | weights, companions=target_path)
+    start = _start(target, out, row)
+    fit_s = json.loads((start / "start.json").read_text())["cpu_s"]
+    texts = distil.lessons(_texts(out, row)) if row.on_prompts else _texts(out, row)
     said_folder = out / f"said-{row.temperature}-{row.texts}{'-on-prompts' if row.on_prompts else ''}"
     said = teacher.listen(target, texts, top_k=None, device="cpu", folder=said_folder, report=silent)
     validation = conversations.load_exchanges(out / "validation-0.jsonl")
@@ -180,43 +187,81 @@ def _train(target_path: Path, out: Path, name: str) -> None:
         if done % 10 == 0:
             click.echo(f"{time.strftime('%H:%M:%S')} {name}: {what} {done}/{total} {spent_s:.0f} CPU s", err=True)
 
-    trained = train.train(initial, train.Material(texts, said, validation), plan, folder=folder, report=report)
-    made = folder / "made"
-    config = open_checkpoint(initial).config
-    initialize.write_draft(made, config, train.load_weights(trained.weights), companions=target_path)
-    facts = {
-        "name": name, **row._asdict(), "kept": kept, "fit_cpu_s": round(fit_s, 1), "epochs_cpu_s": epochs_s,
-        "tokens": trained.tokens, "losses": trained.losses, "lengths": trained.accepted_lengths, "steps": trained.steps,
+    trained = train.train(
+        start / "initial", train.Material(texts, said, validation), plan, folder=folder, report=report
+    )
+    config = open_checkpoint(start / "initial").config
+    weights = train.load_weights(trained.weights)
+    initialize.write_draft(folder / "made", config, weights, companions=target.path)
+    return {
+        "start": start.name, "epochs_cpu_s": epochs_s, "tokens": trained.tokens, "losses": trained.losses,
+        "lengths": trained.accepted_lengths, "steps": trained.steps,
     }  # fmt: skip
-    (folder / "trained.json").write_text(json.dumps(facts))
 
 
-def _judge(target_path: Path, out: Path, name: str) -> None:
-    """What the logits say of a row's draft on the held-out prompts."""
-    folder, target = _folder(out, name), open_checkpoint(target_path)
-    found: dict[str, Any] = {}
-    for when in ("layers", "initial", "made"):
-        model = train.build_model(open_checkpoint(folder / when), dtype=torch.float32).eval()
-        for heat in ("0", "0.7"):
-            held_out = conversations.load_exchanges(out / f"held-out-{heat}.jsonl")
-            heard = teacher.listen(
-                target, held_out, top_k=None, device="cpu", folder=out / f"said-held-out-{heat}", report=silent
-            )
-            offline = train.offline_acceptance(model, held_out, heard, temperature=float(heat), k=SPECULATIVE_TOKENS)
-            found.setdefault(when, {})[heat] = offline.summary()
-    trained = json.loads((folder / "trained.json").read_text())
-    (folder / "row.json").write_text(json.dumps({**trained, "acceptance": found}))
+def _train_head(target: Checkpoint, out: Path, row: Row, folder: Path) -> dict[str, Any]:
+    texts = distil.lessons(_texts(out, row))
+    conversations.save_exchanges(folder / "exchanges.jsonl", texts)
+    settings = Draft(
+        kind="eagle3", epochs=row.epochs, batch_size=row.batch_size, learning_rate=row.learning_rate,
+        draft_vocab_size=row.draft_vocab_size, speculative_tokens=SPECULATIVE_TOKENS,
+    )  # fmt: skip
+    dense = open_checkpoint(distil.dense_target(target, out))
+
+    def report(what: str, done: int, total: int) -> None:
+        click.echo(f"{time.strftime('%H:%M:%S')} {what} {done}/{total}", err=True)
+
+    made = run.train_head(
+        "speculators", dense, folder / "exchanges.jsonl", settings, seed=0, out=folder / "made", device="cpu",
+        folder=folder, report=report,
+    )  # fmt: skip
+    tokens = sum(len(text.answer) for text in texts)
+    return {"epochs_cpu_s": [made["engine"]["cpu_s"]], "tokens": tokens, "losses": made["epoch_losses"], **made}
+
+
+def _start(target: Checkpoint, out: Path, row: Row) -> Path:
+    """Where a row's draft begins: `layers`, as they are in the target; `initial`, fitted; start.json, what both give.
+
+    Whatever a row learns from, the layers are chosen and fitted on the same texts, the first of both temperatures.
+    """
+    folder = out / "starts" / f"{row.layers}-{row.layer_choice}{'-fitted' if row.fitted else ''}"
+    if (folder / "start.json").exists():
+        return folder
+    texts = [text.prompt + text.answer for text in _texts(out, Row(texts=FITTED_ON))]
+    begin_s = time.process_time()
+    kept, weights = _layers(target, row, texts)
+    spent_s = time.process_time() - begin_s
+    config, untouched = initialize.from_layers(target, kept)
+    found: dict[str, Any] = {"kept": kept, "cpu_s": round(spent_s, 1)}
+    for when, changed in (("layers", {}), ("initial", weights)):
+        initialize.write_draft(folder / when, config, untouched | changed, companions=target.path)
+        same = when == "initial" and not changed
+        found[when] = found["layers"] if same else _judge(target, out, folder / when, heats=("0",))["0"]
+    (folder / "start.json").write_text(json.dumps(found))
+    return folder
 
 
 def _layers(target: Checkpoint, row: Row, texts: list[list[int]]) -> tuple[list[int], dict[str, torch.Tensor]]:
     """Which of the target's layers a draft begins with, and their weights where these were fitted."""
     if row.layer_choice == "evenly":
         kept = initialize.evenly_spaced(target.arch.num_layers, row.layers)
-    elif row.layer_choice == "influence":
-        kept = initialize.most_influential(target, texts[:32], row.layers, device="cpu", report=silent)
     else:
         kept = fit.choose(target, texts, row.layers, device="cpu", report=silent)
-    return kept, fit.fitted(target, kept, texts[:FITTED_ON], device="cpu", report=silent) if row.fitted else {}
+    return kept, fit.fitted(target, kept, texts, device="cpu", report=silent) if row.fitted else {}
+
+
+def _judge(target: Checkpoint, out: Path, draft: Path, *, heats: Sequence[str] = ("0", "0.7")) -> dict[str, Any]:
+    """What the logits say of a draft on the held-out prompts, together and text by text (drafts, accepted tokens)."""
+    model, found = train.build_model(open_checkpoint(draft), dtype=torch.float32).eval(), {}
+    for heat in heats:
+        held_out = conversations.load_exchanges(out / f"held-out-{heat}.jsonl")
+        folder = out / f"said-held-out-{heat}"
+        heard = teacher.listen(target, held_out, top_k=None, device="cpu", folder=folder, report=silent)
+        parts = train.offline_acceptance(model, held_out, heard, temperature=float(heat), k=SPECULATIVE_TOKENS)
+        texts = {how: [(getattr(part, how).drafts, getattr(part, how).accepted) for part in parts]
+                 for how in ("greedy", "sampled")}  # fmt: skip
+        found[heat] = acceptance.together(parts).summary() | {"texts": texts}
+    return found
 
 
 def _serve(target: Path, out: Path, names: list[str]) -> None:
@@ -226,15 +271,13 @@ def _serve(target: Path, out: Path, names: list[str]) -> None:
     with Session() as session:
         for name in names:
             folder = _folder(out, name)
-            for when in ("layers", "made"):
-                path = folder / f"vllm-{when}.json"
-                if not path.exists():
-                    counted = acceptance.measure(
-                        session, speaking, folder / when, held_out, k=SPECULATIVE_TOKENS,
-                        longest=Draft.model_fields["answer_tokens"].default, folder=folder / f"vllm-{when}",
-                        report=silent, what=name,
-                    )  # fmt: skip
-                    path.write_text(json.dumps(counted.summary()))
+            if not (folder / "vllm.json").exists():
+                counted = acceptance.measure(
+                    session, speaking, folder / "made", held_out, k=SPECULATIVE_TOKENS, method=ROWS[name].kind,
+                    longest=Draft.model_fields["answer_tokens"].default, folder=folder / "vllm", report=silent,
+                    what=name,
+                )  # fmt: skip
+                (folder / "vllm.json").write_text(json.dumps(counted.summary()))
 
 
 if __name__ == "__main__":

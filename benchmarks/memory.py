@@ -12,16 +12,10 @@ import shutil
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import click
-import torch
-from torch import Tensor
-
-from quantkit.architecture import all_shapes, read_architecture
-from quantkit.checkpoint import copy_companions, write_weights
-from quantkit.shards import Entry
+import random_llama
 
 
 @click.command()
@@ -49,7 +43,7 @@ def main(
         model, made = (out / f"{kind}-{hidden}x{depth}" for kind in ("model", "made"))
         shutil.rmtree(made, ignore_errors=True)
         if not (model / "config.json").exists():
-            _write(model, tokenizer, {
+            random_llama.write(model, tokenizer, {
                 "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_hidden_layers": depth,
                 "hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads,
                 "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "tie_word_embeddings": True,
@@ -71,25 +65,6 @@ def main(
             f"| {depth} layers, {hidden} / {inner} | {effort} | {samples * length} | {estimated >> 20} | "
             f"{used.ru_maxrss >> 10} | {cpu_s:.0f} | {cpu_s / depth:.1f} |"
         )
-
-
-def _write(model: Path, tokenizer: Path, config: dict[str, object]) -> None:
-    arch, problems = read_architecture(config)
-    assert arch is not None, problems
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(shape: tuple[int, ...]) -> Tensor:
-        if len(shape) == 1:
-            return torch.ones(shape, dtype=torch.float16)
-        return torch.randn(shape, generator=generator).mul_(0.7 / shape[1] ** 0.5).half()
-
-    model.mkdir(parents=True)
-    write_weights(
-        model,
-        (Entry(name, torch.float16, shape, partial(draw, shape)) for name, shape in all_shapes(arch).items()),
-    )
-    copy_companions(tokenizer, model)
-    (model / "config.json").write_text(json.dumps(config))
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from quantkit.draft.train import build_model
 from quantkit.engines import contract, environment, registry, verify
 from quantkit.errors import QuantkitError
 from quantkit.evaluate import divergence
+from quantkit.evaluate.windows import of_passages
 from quantkit.offline import Session
 from quantkit.progress import silent
 from quantkit.tokens import TokenSet
@@ -199,18 +200,15 @@ def _judge(checkpoint: Path, made: Path, held_out: dict[str, tokens.TokenSet], k
     """KL, drift and agreement on each held-out set, from the packed weights as our own unpacker reads them."""
     found: dict[str, Any] = {}
     for name, windows in held_out.items():
-        folder = kept / f"states-{name}"
-        folder.mkdir(exist_ok=True)
-        (folder / "candidate.safetensors").unlink(missing_ok=True)
-        scores = divergence.compare(
-            open_checkpoint(checkpoint), open_checkpoint(made, quantized=True), windows, device="cpu", batch_size=4,
-            folder=folder, report=silent,
+        scores = divergence.beside(
+            open_checkpoint(checkpoint), open_checkpoint(made, quantized=True), of_passages(windows), device="cpu",
+            folder=kept / f"states-{name}", report=silent,
         )  # fmt: skip
-        kl_S = scores.kl_ST.double().mean(-1)
+        kl_S = scores.by_sequence()["kl"]
         found[name] = {
             "kl": float(kl_S.mean()), "kl_se": float(kl_S.std() / len(kl_S) ** 0.5), "kl_by_sequence": kl_S.tolist(),
-            "drift": float((scores.candidate_nll_ST - scores.reference_nll_ST).double().mean().exp() - 1),
-            "top1": float(scores.same_top1_ST.double().mean()),
+            "drift": float((scores.candidate_nll_N - scores.reference_nll_N).double().mean().exp() - 1),
+            "top1": float(scores.same_top1_N.mean()),
         }  # fmt: skip
     return found
 

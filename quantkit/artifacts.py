@@ -19,7 +19,7 @@ from quantkit.errors import QuantkitError
 MANIFEST_NAME = "quantkit.json"
 PARTIAL_NAME = ".partial"
 
-Kind = Literal["checkpoint", "tokens", "quantized", "answers", "draft", "report", "bundle", "served"]
+Kind = Literal["checkpoint", "tokens", "quantized", "answers", "draft", "report", "bundle", "served", "bench"]
 
 
 class FileRecord(BaseModel):
@@ -108,13 +108,18 @@ def digest(path: Path) -> str:
     return provenance.digest_of({name: record.sha256 for name, record in record_files(path).items()})
 
 
-def record_files(directory: Path) -> dict[str, FileRecord]:
-    """Size and digest of every file below the directory, but for the manifest and what is still being made."""
+def record_files(directory: Path, known: Mapping[str, FileRecord] | None = None) -> dict[str, FileRecord]:
+    """Size and digest of every file below the directory, but for the manifest and what is still being made.
+
+    known: files that were recorded before and have not changed since; they are not read again.
+    """
     records = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory).as_posix()
         if path.is_file() and name != MANIFEST_NAME and not name.startswith(PARTIAL_NAME):
-            records[name] = FileRecord(size=path.stat().st_size, sha256=provenance.file_digest(path))
+            records[name] = (known or {}).get(name) or FileRecord(
+                size=path.stat().st_size, sha256=provenance.file_digest(path)
+            )
     return records
 
 
@@ -189,6 +194,12 @@ def _exclusive(directory: Path) -> Iterator[None]:
                 f"{directory.parent} is being written by another quantkit: wait for it, or give another --out"
             ) from error
         yield
+
+
+def cache(name: str) -> Path:
+    """The folder of that name in $QUANTKIT_CACHE, else in the user's cache: what can be made again."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("QUANTKIT_CACHE") or caches / "quantkit").resolve() / name
 
 
 def write_text(path: Path, text: str) -> None:

@@ -16,6 +16,8 @@ from quantkit import artifacts, formats, quantization_config, shards
 from quantkit.architecture import Architecture, all_shapes, layer_prefix, layer_shapes, linear_shapes, read_architecture
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight, Storage, Storages
+from quantkit.kv_cache import Scales
+from quantkit.kv_scheme import has_kv_scheme, kv_scale_name, kv_scale_problems
 from quantkit.shards import Entry
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -71,6 +73,17 @@ class Checkpoint:
         stored = self.read(each for each in self.shards if each.startswith(f"{linear}."))
         shape = linear_shapes(self.arch)[linear.split(".", 3)[-1]]
         return formats.dequantize(unpack_linear(stored, linear, shape, storage)).to(dtype)
+
+    def kv_scales(self, index: int) -> Scales | None:
+        """What vLLM divides a layer's queries, keys and values by for an FP8 cache; None where the files bring nothing.
+
+        Queries without a scale are divided by 1.0.
+        """
+        if not has_kv_scheme(self.config):
+            return None
+        names = [kv_scale_name(self.shards, index, which) for which in "qkv"]
+        found = self.read(name for name in names if name is not None)
+        return Scales(*(found[name].float().flatten() if name else torch.ones(1) for name in names))
 
     def _inside(self, index: int) -> list[str]:
         """The names of a decoder layer's dense tensors."""
@@ -153,6 +166,7 @@ def open_checkpoint(path: Path, *, quantized: bool | None = None) -> Checkpoint:
     problems += header_problems
     if arch is not None and not problems:
         problems += _shape_problems(arch, headers, storages)
+        problems += [f"{path}: {problem}" for problem in kv_scale_problems(config, headers)]
     raise_all(problems)
     assert arch is not None
     return Checkpoint(path=path, config=config, arch=arch, shards=shards, storages=storages)

@@ -69,6 +69,10 @@ def _was_given(name: str) -> bool:
 
 _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 _fresh = click.option("--fresh", is_flag=True, help="Replace what --out holds instead of resuming or refusing.")
+_cluster = click.option(
+    "--cluster", metavar="ADDRESS",
+    help="Ray cluster on which the target writes and answers: HOST:PORT, or auto (RAY_ADDRESS, or the one here).",
+)  # fmt: skip
 _device = click.option("--device", default="cpu", show_default=True, help="torch device, for example cuda.")
 
 
@@ -93,8 +97,11 @@ def main() -> None:
 )
 @click.option("--fresh", is_flag=True, help="Do every stage again.")
 @click.option("--dry-run", is_flag=True, help="Say what each stage would do, and write nothing.")
+@_cluster
 @_friendly
-def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_run: bool) -> None:
+def run(
+    recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_run: bool, cluster: str | None
+) -> None:  # fmt: skip
     """All stages of RECIPE, in order; skips what is fresh, resumes what was interrupted.
 
     \b
@@ -111,7 +118,7 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
             click.echo(f"{folder:12} {'runs' if fresh else state}")
         return
     display = _display()
-    manifests = pipeline.run(checked, out, display=display, fresh=fresh)
+    manifests = pipeline.run(checked, out, display=display, fresh=fresh, cluster=cluster)
     summary.print_run(display.console, out, manifests)
 
 
@@ -159,6 +166,22 @@ def run(recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_ru
     help="Another scheme for some linears: 'model.layers.0.*:bits=8,group_size=32,symmetric=true'. May be repeated.",
 )  # fmt: skip
 @click.option(
+    "--kv-cache", type=click.Choice(["no", "fp8"]), default="no", show_default=True,
+    help="fp8: scales of an FP8 KV cache beside the weights, which vLLM then uses by itself.",
+)  # fmt: skip
+@click.option(
+    "--kv-scales", type=click.Choice(["mse", "max", "percentile"]), default="mse", show_default=True,
+    help="What they leave: the least squared error, all that was seen uncut, or 99.99 % of it.",
+)  # fmt: skip
+@click.option(
+    "--kv-strategy", type=click.Choice(["tensor", "attn_head"]), default="tensor", show_default=True,
+    help="One scale a layer, or one a key-value head (FlashAttention 3 on GPUs).",
+)  # fmt: skip
+@click.option(
+    "--uncalibrated-kv-cache", is_flag=True,
+    help="With --kv-cache fp8 and a format that takes no scales (awq, gptq): serve it at 1.0, and say so.",
+)  # fmt: skip
+@click.option(
     "--calibration",
     "text",
     multiple=True,
@@ -188,6 +211,7 @@ def quantize(
     \b
     Example:
       quantkit quantize Llama-3.1-8B-Instruct --out llama-w4 --calibration prose.txt --calibration self:200
+      quantkit quantize llama --out w4-kv8 --kv-cache fp8 --calibration prose.txt
       quantkit quantize llama --out llama-awq --method awq --format awq --calibration prose.txt
       quantkit quantize llama --out w4 --calibration c.jsonl --override '*.down_proj:bits=8,symmetric=true'
       quantkit quantize llama --out w4 --calibration c.jsonl --engine llmcompressor --method awq
@@ -254,38 +278,67 @@ def engines_install(name: str) -> None:
 
 
 @main.command("eval")
-@click.argument("candidate", type=click.Path(path_type=Path))
+@click.argument("candidates", type=click.Path(path_type=Path), nargs=-1, required=True)
 @click.option(
     "--reference", type=click.Path(path_type=Path), required=True, help="The FP16 checkpoint it was made from."
 )
+@click.option("--compare", is_flag=True, help="Several CANDIDATES beside one another, with size against KL.")
 @_out
 @click.option("--text", multiple=True, required=True, help="Held-out text source; may be repeated.")
-@click.option("--samples", type=click.IntRange(1), default=32, show_default=True)
+@click.option(
+    "--samples", default="32", show_default=True, callback=option_values.count_or_all,
+    help="Windows drawn from the text; or all: whole documents, scored as lm-eval does.",
+)  # fmt: skip
 @click.option("--length", type=click.IntRange(16), default=2048, show_default=True, help="Tokens a window.")
-@click.option("--max-perplexity-drift", default="2%", show_default=True, help="Over it, exit 8.")
+@click.option("--stride", type=click.IntRange(1), help="With --samples all: tokens from window to window.")
+@click.option(
+    "--chat", default="auto", show_default=True,
+    help="Prompts that the reference answers: a text source, self:N, no, or auto: self:32 where it can.",
+)  # fmt: skip
+@click.option("--chat-tokens", type=click.IntRange(2), default=256, show_default=True, help="Of the longest answer.")
+@click.option(
+    "--kv-cache",
+    type=click.Choice(["auto", "float16", "fp8", "fp8_e5m2", "fp8_per_token_head", "int8_per_token_head"]),
+    multiple=True, default=("auto",), show_default=True,
+    help="Type of the candidate's KV cache; may be repeated, to judge it with each. auto: as vLLM, fp8 where the "
+    "candidate brings scales, else 16 bits.",
+)  # fmt: skip
+@click.option("--long-length", type=click.IntRange(16), help="Tokens of a few longer windows, scored besides.")
+@click.option("--long-samples", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--served", is_flag=True, help="Have vLLM score the same tokens, and compare.")
+@click.option("--task", "tasks", multiple=True, help="Task of lm-eval, or of a YAML or folder; may be repeated.")
+@click.option("--task-limit", type=click.IntRange(1), help="Samples of each task, its first ones.")
+@click.option("--draft", type=click.Path(path_type=Path), help="Measure this draft's acceptance before each candidate.")
+@click.option(
+    "--profile", default="default", show_default=True, help="Limits: default, strict, small-model, none or a file."
+)
+@click.option("--max-perplexity-drift", help="Instead of the profile's, for example 0.5%.")
 @_device
 @_seed
 @_fresh
 @_friendly
 def evaluate(
-    candidate: Path, reference: Path, out: Path, text: tuple[str, ...], samples: int, length: int,
-    max_perplexity_drift: str, device: str, seed: int, fresh: bool,
+    candidates: tuple[Path, ...], reference: Path, compare: bool, out: Path, draft: Path | None, device: str, seed: int,
+    fresh: bool, **settings: Any,
 ) -> None:  # fmt: skip
-    """Perplexity drift, KL and top-1 agreement of CANDIDATE against its FP16 original; exit 8 when the gate fails.
+    """Whether CANDIDATES may be served: perplexity drift, KL and agreement with FP16; exit 8 when a gate fails, 9
+    when there is too little text to tell.
 
     \b
-    Example:
+    Examples:
       quantkit eval llama-w4 --reference Llama-3.1-8B-Instruct --out report --text held-out.txt
+      quantkit eval llama-w4 --reference Llama-3.1-8B-Instruct --out report --text held-out.txt --profile strict \\
+          --served --kv-cache auto --kv-cache fp8 --task everyday
+      quantkit eval --compare llama-w4 llama-w8 --reference Llama-3.1-8B-Instruct --out report --text held-out.txt
     """
     from quantkit import recipe, stages, summary
+    from quantkit.errors import QuantkitError
 
-    settings = recipe.check(
-        recipe.Evaluate,
-        {"text": text, "samples": samples, "length": length, "max_perplexity_drift": max_perplexity_drift},
-        where="eval",
-    )
+    if len(candidates) > 1 and not compare:
+        raise QuantkitError(f"{len(candidates)} candidates: give --compare to see them beside one another")
+    checked = recipe.check(recipe.Evaluate, settings, where="eval")
     display = _display()
-    stage = stages.evaluate(candidate, reference, settings=settings, seed=seed, device=device)
+    stage = stages.evaluate(candidates, reference, settings=checked, seed=seed, draft=draft, device=device)
     try:
         stages.run_stage(stage, out, display=display, replace=fresh)
     finally:
@@ -332,13 +385,20 @@ def evaluate(
 @click.option("--learning-rate", type=float, default=4e-4, show_default=True)
 @click.option("--speculative-tokens", type=click.IntRange(1), default=4, show_default=True)
 @click.option(
+    "--draft-vocab-size", type=click.IntRange(1), default=32000, show_default=True,
+    help="Tokens that a head (eagle3) can propose, the commonest in the answers; fewer are faster.",
+)  # fmt: skip
+@click.option(
     "--quantize", type=click.Choice(["no", "fast", "default", "high"]), default="default", show_default=True,
     help="Effort of the draft's own 4-bit weights; kept where the estimated speed-up with them is higher.",
 )  # fmt: skip
+@_cluster
 @_seed
 @_fresh
 @_friendly
-def train_draft(target: Path, out: Path, init: Path | None, seed: int, fresh: bool, **settings: Any) -> None:
+def train_draft(
+    target: Path, out: Path, init: Path | None, cluster: str | None, seed: int, fresh: bool, **settings: Any
+) -> None:
     """A draft for TARGET, distilled on the target's own answers; acceptance before and after, by vLLM.
 
     \b
@@ -348,6 +408,7 @@ def train_draft(target: Path, out: Path, init: Path | None, seed: int, fresh: bo
       quantkit train-draft llama-w4 --out draft --keep-layers 8 --loss forward_kl --temperature 0 --temperature 1
       quantkit train-draft llama-w4 --out head --kind eagle3 --prompts self:2000
       torchrun --nproc-per-node 4 --no-python quantkit train-draft llama-w4 --out draft --keep-layers 8
+      quantkit train-draft /shared/llama-w4 --out /shared/draft --keep-layers 8 --cluster auto
     """
     import torch
 
@@ -360,7 +421,7 @@ def train_draft(target: Path, out: Path, init: Path | None, seed: int, fresh: bo
             return
         display = _display()
         with ranks.leading() as hand_out:
-            stage = stages.train_draft(target, settings=checked, seed=seed, hand_out=hand_out)
+            stage = stages.train_draft(target, settings=checked, seed=seed, cluster=cluster, hand_out=hand_out)
             manifest = stages.run_stage(stage, out, display=display, replace=fresh)
     summary.print_draft(display.console, manifest)
     click.echo(str(out))
@@ -375,6 +436,10 @@ def serve() -> None:
 @click.option("--target", type=click.Path(path_type=Path), required=True, help="The quantized checkpoint.")
 @click.option("--draft", type=click.Path(path_type=Path), help="The draft; without one nothing is speculated.")
 @click.option("--report", "report_dir", type=click.Path(path_type=Path), help="The evaluation of the target.")
+@click.option(
+    "--bench", "bench_dir", type=click.Path(path_type=Path),
+    help="A bench of a bundle of these two: its numbers of draft tokens, as measured at each load.",
+)  # fmt: skip
 @_out
 @click.option("--served-model-name", help="The name that clients ask for.")
 @click.option("--max-model-len", type=click.IntRange(1), help="Longest prompt and answer together, in tokens.")
@@ -382,29 +447,50 @@ def serve() -> None:
 @click.option("--max-num-batched-tokens", type=click.IntRange(1), default=2048, show_default=True)
 @click.option("--gpu-memory-utilization", type=click.FloatRange(0, 1), default=0.92, show_default=True)
 @click.option("--tensor-parallel-size", type=click.IntRange(1), default=1, show_default=True)
-@click.option("--kv-cache-dtype", default="auto", show_default=True, help="auto, fp8, fp8_e4m3 or fp8_e5m2.")
+@click.option(
+    "--kv-cache-dtype", default="auto", show_default=True,
+    help="As vLLM's. auto: fp8 where the target brings scales, else 16 bits.",
+)  # fmt: skip
+@click.option(
+    "--kv-cache-skip-layers", callback=option_values.numbers, metavar="LAYER,...",
+    help="Layers whose KV cache keeps 16 bits, instead of those that the report would leave so.",
+)  # fmt: skip
+@click.option(
+    "--uncalibrated-kv-cache", is_flag=True, default=None,
+    help="Allow --kv-cache-dtype fp8 for a target without scales: at 1.0.",
+)  # fmt: skip
 @click.option("--prefix-caching/--no-prefix-caching", default=True, show_default=True)
 @click.option(
     "--speculate", type=click.Choice(["auto", "always", "never"]), default="auto", show_default=True,
     help="auto: where the draft's plan is sure that it pays at every load; without a plan always.",
 )  # fmt: skip
 @click.option("--speculative-tokens", type=click.IntRange(1), help="Instead of the plan's; without a plan 4.")
+@click.option(
+    "--replicas", type=click.IntRange(1), default=2, show_default=True, help="Of vLLM, in compose.yaml and k8s/."
+)
+@click.option("--gpus-per-node", type=click.IntRange(1), default=8, show_default=True, help="Of the cluster, for k8s/.")
+@click.option(
+    "--router", type=click.Choice(["least_load", "cache_aware"]), default="least_load", show_default=True,
+    help="Who gets a request: the replica with the freest KV cache, or first the one that knows its beginning.",
+)  # fmt: skip
 @_fresh
 @_friendly
 def serve_bundle(
-    target: Path, draft: Path | None, report_dir: Path | None, out: Path, fresh: bool, **settings: Any
-) -> None:
+    target: Path, draft: Path | None, report_dir: Path | None, bench_dir: Path | None, out: Path, fresh: bool,
+    **settings: Any,
+) -> None:  # fmt: skip
     """A directory with target, draft, flags and evidence that `vllm serve --config` serves.
 
     \b
     Example:
       quantkit serve bundle --target llama-w4 --draft draft --report report --out bundle
+      quantkit serve bundle --target llama-w4 --draft draft --bench bench --out tuned
     """
     from quantkit import recipe, stages, summary
 
     given = {name: value for name, value in settings.items() if value is not None}
     checked = recipe.check(recipe.Serve, given, where="serve bundle")
-    stage = stages.bundle(target, draft=draft, report_dir=report_dir, settings=checked)
+    stage = stages.bundle(target, draft=draft, report_dir=report_dir, settings=checked, bench_dir=bench_dir)
     manifest = stages.run_stage(stage, out, display=_display(), replace=fresh)
     for warning in manifest.results["warnings"]:
         click.secho(f"warning: {warning}", fg="yellow", err=True)
@@ -413,25 +499,68 @@ def serve_bundle(
     click.echo(str(out))
 
 
+_key = click.Path(path_type=Path)
+_public_key = click.option("--public-key", type=_key, help="Whose signature it must carry (quantkit[sign]).")
+
+
 @serve.command("check")
 @click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--start", is_flag=True, help="Have vLLM load it, read back the KV scales it divides by, and end it.")
+@_public_key
 @_friendly
-def serve_check(bundle: Path) -> None:
-    """Digests, tokenizers, and whether the installed vLLM accepts the very flags of BUNDLE; exit 2 when not.
+def serve_check(bundle: Path, start: bool, public_key: Path | None) -> None:
+    """Digests, tokenizers, signature, and whether the installed vLLM accepts the very flags of BUNDLE; exit 2 when not.
 
     \b
     Example:
       quantkit serve check runs/quickstart/bundle
+      quantkit serve check runs/quickstart/bundle --start
+      quantkit serve check runs/quickstart/bundle --public-key key.pub
     """
     from rich.console import Console
 
     from quantkit import summary
     from quantkit.serve.check import check
 
-    checks = check(bundle)
+    checks = check(bundle, start=start, public_key=public_key)
     summary.print_checks(Console(), checks)
     if not all(one.passed for one in checks):
         raise QuantkitError(f"{bundle} must not be served as it is")
+
+
+@serve.command("sign")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--private-key", type=_key, required=True,
+    help="PEM, elliptic curve P-256, P-384 or P-521; the password of an encrypted one: $QUANTKIT_KEY_PASSWORD.",
+)  # fmt: skip
+@_friendly
+def serve_sign(bundle: Path, private_key: Path) -> None:
+    """Sign every file of BUNDLE with a key of your own (quantkit[sign]); the signature goes into the bundle.
+
+    \b
+    Example:
+      quantkit serve sign runs/quickstart/bundle --private-key key.pem
+    """
+    from quantkit.serve import signing
+
+    click.echo(str(signing.sign(bundle, private_key)))
+
+
+@serve.command("verify")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--public-key", type=_key, required=True, help="PEM, of the key that signed it.")
+@_friendly
+def serve_verify(bundle: Path, public_key: Path) -> None:
+    """Whether this key signed BUNDLE, and no file of it was changed, added or removed since; exit 2 when not.
+
+    \b
+    Example:
+      quantkit serve verify runs/quickstart/bundle --public-key key.pub
+    """
+    from quantkit.serve import signing
+
+    click.echo(f"{signing.verify(bundle, public_key)} files, each as {public_key} signed it")
 
 
 @serve.command("up")
@@ -468,6 +597,133 @@ def serve_up(bundle: Path, profile: Literal["auto", "gpu", "cpu"], port: int | N
     summary.print_checks(console, checks)
     if not all(one.passed for one in checks):
         raise QuantkitError(f"{bundle} did not serve what it promises; the server's log is {log}")
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), required=True, help="The FP16 checkpoint that it was made from."
+)
+@_out
+@click.option(
+    "--variant", "variants", multiple=True, metavar="NAME",
+    help="Instead of one technique after the other: fp16 or w4, then any of +serial, +draft[:K], +ngram[:K], +prefix, "
+    "+fp8. May be repeated.",
+)  # fmt: skip
+@click.option(
+    "--concurrency", "concurrencies", type=click.IntRange(1), multiple=True,
+    help="Requests at once; may be repeated.  [default: 1 and 8 on a CPU; 1, 4, 16, 64 on GPUs]",
+)  # fmt: skip
+@click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Of all loads on all variants.")
+@click.option("--requests", type=click.IntRange(1), help="Of a load, or all at once.  [default: 2 on a CPU, or 32]")
+@click.option("--output-tokens", type=click.IntRange(2), help="Of the longest answer.  [default: 12 on a CPU, or 128]")
+@click.option("--prompts", default="bundle", show_default=True, help="Text source, or those that BUNDLE carries.")
+@click.option(
+    "--system-prompt", type=click.Path(exists=True, dir_okay=False),
+    help="The beginning that all prompts share where prefix caching is measured.",
+)  # fmt: skip
+@click.option(
+    "--temperature", "temperatures", multiple=True, default=("0",), show_default=True,
+    callback=option_values.temperatures, help="Of the answers; or deployment: the target's own. May be repeated.",
+)  # fmt: skip
+@click.option("--ttft-limit", "ttft_limit_s", type=float, help="Seconds to the first token.  [default: the bundle's]")
+@click.option("--tpot-limit", "tpot_limit_s", type=float, help="Seconds a further token.  [default: the bundle's]")
+@click.option("--price-per-hour", type=float, help="Of what one server runs on: then a million tokens have a price.")
+@click.option(
+    "--what-if", callback=option_values.acceptance, metavar="acceptance=A",
+    help="Also a draft with this acceptance, which nobody need have trained (GPUs only).",
+)  # fmt: skip
+@click.option("--knee", is_flag=True, help="Have guidellm, if it is on PATH, look for the load that is one too many.")
+@click.option(
+    "--servers", type=click.Choice(["auto", "together", "in turns"]), default="auto", show_default=True,
+    help="All kept up at once, where memory allows it, or each for its turn.",
+)  # fmt: skip
+@_fresh
+@_friendly
+def bench(bundle: Path, baseline: Path, out: Path, fresh: bool, **settings: Any) -> None:
+    """What each technique of BUNDLE gives on this machine: FP16 without batching, with it, then one after the other.
+
+    The real vLLM, its own client, the same prompts for all, in turns; bench.html, bench.md and bench.json say where a
+    technique gains, where it loses, and why.
+
+    \b
+    Example:
+      quantkit bench runs/quickstart/bundle --baseline runs/quickstart/checkpoint --out runs/quickstart/bench
+      quantkit bench bundle --baseline llama --out bench --price-per-hour 2.50 --concurrency 1 --concurrency 32
+      quantkit bench bundle --baseline llama --out bench --variant w4 --variant w4+draft:2 --variant w4+draft:4
+      quantkit bench bundle --baseline llama --out bench --what-if acceptance=0.7
+    """
+    from quantkit import recipe, stages, summary
+
+    checked = recipe.check(
+        recipe.Bench, {name: value for name, value in settings.items() if value is not None}, where="bench"
+    )
+    display = _display()
+    manifest = stages.run_stage(stages.bench(bundle, baseline, settings=checked), out, display=display, replace=fresh)
+    summary.print_rows(display.console, "Before and after", summary.bench_rows(manifest.results))
+    click.echo(str(out / "bench.html"))
+
+
+@main.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--gpu", metavar="NAME[:N]", help="h100-80gb:4, my-gpu.yaml, or cpu: this processor, measured.")
+@click.option("--context", type=click.IntRange(2), default=4096, show_default=True, help="Tokens of a request, all.")
+@click.option("--answer-tokens", type=click.IntRange(1), default=256, show_default=True, help="Those of its answer.")
+@click.option("--users", type=click.IntRange(1), default=32, show_default=True, help="Requests at once.")
+@click.option(
+    "--kv-cache", multiple=True, metavar="TYPE",
+    help="auto, fp8, ...; may be repeated. If not given: auto, and fp8 beside it for 4-bit weights.",
+)  # fmt: skip
+@click.option("--draft", type=click.Path(path_type=Path), help="A draft; one of train-draft brings its acceptance.")
+@click.option(
+    "--draft-size", type=click.FloatRange(0, 1, min_open=True), help="Or a draft of such a part of the model."
+)
+@click.option("--acceptance", type=click.FloatRange(0, 1), help="What if each draft token were accepted so often?")
+@click.option(
+    "--draft-tokens", type=click.IntRange(1), help="Draft tokens a step; if not given 5, or what was counted."
+)
+@click.option("--price-per-hour", type=click.FloatRange(0, min_open=True), help="Dollars for an hour of one GPU.")
+@click.option("--ttft-limit", "ttft_limit_s", type=click.FloatRange(0, min_open=True), default=2.0, show_default=True,
+              help="Seconds to the first token that the limits of the queue keep.")  # fmt: skip
+@click.option("--gpu-memory-utilization", "memory_utilization", type=click.FloatRange(0, 1), default=0.92,
+              show_default=True)  # fmt: skip
+@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]),
+              help="With --gpu cpu: of activations.  [default: as vLLM would be run on this processor]")  # fmt: skip
+@click.option("--save-gpu", type=click.Path(path_type=Path), help="Keep the machine as FILE.yaml, for --gpu.")
+@click.option("--json", "as_json", is_flag=True, help="The plan as JSON on standard output, and nothing else.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory for plan.json, plan.md and plan.html.")
+@_friendly
+def plan(
+    checkpoint: Path, gpu: str | None, save_gpu: Path | None, as_json: bool, out: Path | None, **asked: Any
+) -> None:
+    """What of CHECKPOINT fits on a GPU, as stored and in 4 bits: cache, users, limits, seconds a token, cost.
+
+    Estimates from config.json and safetensors headers; CHECKPOINT may be a folder with config.json alone, or a recipe
+    with a `plan` section, whose claims are then judged.
+
+    \b
+    Examples:
+      quantkit plan Llama-3.1-8B-Instruct --gpu h100-80gb --context 4096 --users 32
+      quantkit plan Llama-3.3-70B --gpu a100-80gb:4 --price-per-hour 2.5 --acceptance 0.7 --draft-size 0.02
+      quantkit plan llama-w4 --draft draft --gpu my-gpu.yaml --out plan
+      quantkit plan SmolLM2-135M --gpu cpu --save-gpu here.yaml
+      quantkit plan recipes/llama-2-70b-h100.yaml
+    """
+    from quantkit import summary
+    from quantkit.capacity import subject
+
+    given = {name: value for name, value in asked.items() if _was_given(name)}
+    answer = subject.plan(checkpoint, gpu=gpu, given=given, save_gpu=save_gpu)
+    if out is not None:
+        from quantkit.capacity import page
+
+        page.write(out, *answer)
+    if as_json:
+        click.echo(answer.plan.model_dump_json(indent=2))
+        return
+    summary.print_plan(*answer)
+    if out is not None:
+        click.echo(str(out / "plan.html"))
 
 
 @main.command()

@@ -16,7 +16,7 @@ from quantkit import offline, text, tokens
 from quantkit.artifacts import write_text
 from quantkit.errors import QuantkitError
 from quantkit.offline import Session
-from quantkit.progress import Report
+from quantkit.progress import LINE, Report
 from quantkit.tokens import TokenSet
 
 _MARK = "\u241e"  # stands for the user's words while the template is cut apart; no prompt holds it
@@ -88,11 +88,18 @@ def prompts(
     distinct = {json.dumps(document, sort_keys=True).casefold(): document for document in found}
     rendered = [list(ids) for ids in dict.fromkeys(tuple(render(tokenizer, each)) for each in distinct.values())]
     room = longest + len(render(tokenizer, " "))  # the template's own tokens do not count
-    kept = [prompt for prompt in rendered if len(prompt) <= room][: wanted or None]
+    kept = [prompt for prompt in rendered if len(prompt) <= room]
+    twice, cut = len(found) - len(rendered), len(rendered) - len(kept)
+    if twice or cut:
+        report(
+            f"of {len(found)} prompts {twice} came twice and {cut} had more than {longest} tokens: they are left out",
+            0, LINE,
+        )  # fmt: skip
+    kept = kept[: wanted or None]
     if len(kept) <= held_out:
         raise QuantkitError(
             f"prompts {source!r}: {len(kept)} distinct ones of at most {longest} tokens are left, and {held_out} are "
-            "held out: give more prompts, or lower draft.held_out_prompts and draft.validation_prompts"
+            "held out: give more or shorter prompts, or hold out fewer"
         )
     return kept
 

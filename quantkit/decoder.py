@@ -28,6 +28,8 @@ class Watched(dict[str, Tensor]):
 
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [1, T, D]
+# Queries, keys and values, [B, heads, T, D] each, as attention gets them when a KV cache stands between, or is watched.
+Cache = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
 def rotation(config: Mapping[str, Any], length: int, *, dtype: torch.dtype, device: torch.device | str) -> Rotation:
@@ -69,10 +71,14 @@ def keys_and_values(weights: Weights, arch: Architecture, x_BTC: Tensor, rotary:
     return _rotate(key, rotary), value
 
 
-def attention(weights: Weights, arch: Architecture, x_BTC: Tensor, rotary: Rotation) -> Tensor:
+def attention(
+    weights: Weights, arch: Architecture, x_BTC: Tensor, rotary: Rotation, cache: Cache | None = None
+) -> Tensor:
     """Causal attention up to, not including, o_proj: what o_proj sees, [B, T, H * D]."""
     query = _rotate(_heads(weights, arch, "q", x_BTC, arch.num_heads), rotary)
     key, value = keys_and_values(weights, arch, x_BTC, rotary)
+    if cache is not None:
+        query, key, value = cache(query, key, value)
     context = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=arch.kv_group > 1)
     return context.transpose(1, 2).flatten(2)
 
@@ -87,9 +93,11 @@ def gated(weights: Weights, x_BTC: Tensor) -> Tensor:
     return F.silu(linear(weights, "mlp.gate_proj", x_BTC)) * linear(weights, "mlp.up_proj", x_BTC)
 
 
-def layer(weights: Weights, arch: Architecture, hidden_BTC: Tensor, rotary: Rotation) -> Tensor:
+def layer(
+    weights: Weights, arch: Architecture, hidden_BTC: Tensor, rotary: Rotation, cache: Cache | None = None
+) -> Tensor:
     """A whole decoder layer: [B, T, C] in, [B, T, C] out."""
-    context = attention(weights, arch, attention_input(weights, arch, hidden_BTC), rotary)
+    context = attention(weights, arch, attention_input(weights, arch, hidden_BTC), rotary, cache)
     hidden_BTC = hidden_BTC + linear(weights, "self_attn.o_proj", context)
     inner = gated(weights, mlp_input(weights, arch, hidden_BTC))
     return hidden_BTC + linear(weights, "mlp.down_proj", inner)

@@ -15,6 +15,12 @@ class GateFailed(QuantkitError):
     exit_code = 8
 
 
+class GateUndecided(QuantkitError):
+    """An evaluation gate could not tell: the interval of what was measured has the limit inside it."""
+
+    exit_code = 9
+
+
 def raise_all(problems: Sequence[str]) -> None:
     """Raise one QuantkitError that holds every problem, so that the user mends them in one go."""
     if len(problems) == 1:

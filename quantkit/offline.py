@@ -7,12 +7,8 @@ request by request.
 
 import json
 import os
-import select
-import signal
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from quantkit import artifacts, processes, vllm_environment
 from quantkit.errors import QuantkitError
 
-DONE = "done"  # what the child says of a finished job
+RESULTS_NAME = "results.jsonl"
 TIMING_NAME, SECONDS_NAME = "timing.json", "seconds.json"
 
 
@@ -109,9 +105,10 @@ class Session:
     (or leave the `with` block) to give its memory back.
     """
 
-    def __init__(self) -> None:
-        self._child: subprocess.Popen[str] | None = None
-        self._log_path = Path()
+    def __init__(self, *, cluster: str | None = None) -> None:
+        """With the address of a Ray cluster (`auto`: RAY_ADDRESS, or the one here), its machines answer instead."""
+        self._cluster = cluster
+        self._child: processes.Worker | None = None
 
     def __enter__(self) -> "Session":
         return self
@@ -131,8 +128,9 @@ class Session:
         Raises:
             QuantkitError: vLLM is not installed, or the child failed; with the telling line of its log.
         """
+        assert self._cluster is None or (job.draft is None and not any(each.prompt_logprobs for each in job.requests))
         folder.mkdir(parents=True, exist_ok=True)
-        results_path, job_path, counters = folder / "results.jsonl", folder / "job.json", folder / "speculation.json"
+        results_path, job_path, counters = folder / RESULTS_NAME, folder / "job.json", folder / "speculation.json"
         text = job.model_dump_json()
         same = job_path.exists() and job_path.read_text() == text
         if not same or (job.draft is not None and not counters.exists()):
@@ -146,7 +144,7 @@ class Session:
             found = _read_results(results_path)
         missing = [request.name for request in job.requests if request.name not in found]
         if missing:
-            raise QuantkitError(f"vLLM ended without answers to {len(missing)} requests; see {self._log_path}")
+            raise QuantkitError(f"vLLM ended without answers to {len(missing)} requests; see {folder}")
         speculation = Speculation.model_validate_json(counters.read_bytes()) if job.draft is not None else None
         return [found[request.name] for request in job.requests], speculation
 
@@ -156,6 +154,7 @@ class Session:
         Raises:
             QuantkitError: vLLM is not installed, or the child failed; with the telling line of its log.
         """
+        assert self._cluster is None
         folder.mkdir(parents=True, exist_ok=True)
         timing_path, seconds_path = folder / TIMING_NAME, folder / SECONDS_NAME
         text = timing.model_dump_json()
@@ -168,59 +167,30 @@ class Session:
     def close(self) -> None:
         """End the child, if there is one."""
         child, self._child = self._child, None
-        if child is None:
-            return
-        assert child.stdin is not None and child.stdout is not None
-        with suppress(BrokenPipeError):
-            child.stdin.close()  # no more jobs: it ends by itself
-        try:
-            child.wait(timeout=20)
-        except subprocess.TimeoutExpired:
-            os.killpg(child.pid, signal.SIGKILL)
-            child.wait()
-        child.stdout.close()
+        if child is not None:
+            child.close()
 
     def _ask(self, folder: Path, on_tick: Callable[[], None]) -> None:
-        """Have the child run the job in `folder`; it answers with a line when it is done."""
+        """Have the child run the job in `folder`."""
         child = self._child or self._start(folder)
-        assert child.stdin is not None and child.stdout is not None
-        answer = ""
-        try:
-            with suppress(BrokenPipeError):
-                child.stdin.write(f"{folder.resolve()}\n")
-                child.stdin.flush()
-            while child.poll() is None and not select.select([child.stdout], [], [], 0.5)[0]:
-                on_tick()
-            answer = child.stdout.readline().strip()
-        finally:
-            if answer != DONE:  # it failed, or Ctrl-C: nothing of it may outlive what asked it
-                with suppress(ProcessLookupError):
-                    os.killpg(child.pid, signal.SIGKILL)
-        on_tick()
-        if answer != DONE:
+        if not child.ask(str(folder.resolve()), on_tick):
             self.close()
-            line = processes.telling_line(self._log_path)
-            raise QuantkitError(f"vLLM failed ({line}); the whole log is {self._log_path}")
+            line = processes.telling_line(child.log).removeprefix("quantkit.errors.QuantkitError: ")
+            who = "vLLM" if self._cluster is None else "vLLM on Ray"
+            raise QuantkitError(f"{who} failed ({line}); the whole log is {child.log}")
 
-    def _start(self, folder: Path) -> "subprocess.Popen[str]":
+    def _start(self, folder: Path) -> processes.Worker:
         if vllm_environment.distribution() is None:
             raise QuantkitError(f"vLLM is not installed: {vllm_environment.INSTALL_HINT}")
         on_cpu = vllm_environment.is_cpu_build()
-        env = vllm_environment.process_environment(on_cpu=on_cpu)
-        if on_cpu:
-            # One engine in this one process, on half of the cores: where other processes want the same cores, OpenMP's
-            # threads wait for each other, and a token was seen to take twenty times as long.
-            env |= {
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // 2, 1)),
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            }
-        self._log_path = folder / "worker.log"
-        with self._log_path.open("w") as log:
-            self._child = subprocess.Popen(
-                [sys.executable, "-P", "-m", "quantkit.offline_worker"], env=env, stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True,
-            )  # fmt: skip
+        env = vllm_environment.process_environment(on_cpu=on_cpu) | vllm_environment.one_process(on_cpu=on_cpu)
+        command = [sys.executable, "-P", "-m", "quantkit.offline_worker"]
+        if self._cluster is not None:
+            command[-1:] = ["quantkit.cluster", self._cluster]
+            # how to reach it, and what proves that one may
+            env |= processes.passed_on(name for name in os.environ if name.startswith("RAY_"))
+            env["RAY_USAGE_STATS_ENABLED"] = "0"
+        self._child = processes.Worker(command, env=env, log=folder / "worker.log")
         return self._child
 
 

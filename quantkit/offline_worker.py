@@ -1,15 +1,19 @@
 """The child of `quantkit.offline`: an engine for each job, a JSON line for each result, or the seconds of its steps."""
 
+import atexit
 import json
 import os
+import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from quantkit import artifacts, hardware, provenance, vllm_environment
+from quantkit import artifacts, hardware, processes, provenance, vllm_environment
+from quantkit.kv_scheme import has_kv_scheme
 from quantkit.offline import (
-    DONE,
+    RESULTS_NAME,
     SECONDS_NAME,
     TIMING_NAME,
     Engine,
@@ -23,32 +27,24 @@ from quantkit.offline import (
 
 
 def main() -> None:
-    """Run the jobs whose folders come on standard input, a line each, and say on standard output when each is done."""
-    # What vLLM and its libraries print goes to the log; standard output belongs to the conversation.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        folder = Path(line.rstrip("\n"))
-        (time_steps if (folder / TIMING_NAME).exists() else run)(folder)
-        answers.write(f"{DONE}\n")
+    """Run the jobs and timings whose folders come on standard input."""
+    processes.answer(lambda folder: (time_steps if (folder / TIMING_NAME).exists() else run)(folder))
 
 
 def run(folder: Path) -> None:
     """Run the job in `folder`; requests that already have a result are left out."""
     parent = os.getppid()
+    from vllm import SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
-    job = Job.model_validate_json((folder / "job.json").read_bytes())
-    results_path = folder / "results.jsonl"
-    lines = results_path.read_text().splitlines() if results_path.exists() else []
-    done = {json.loads(line)["name"] for line in lines}
+    job, missing = read_job(folder)
     llm = _start(job)
     engine = llm.llm_engine
-    for request in job.requests:
-        if request.name not in done:
-            engine.add_request(request.name, {"prompt_token_ids": request.prompt}, _sampling(request))
+    for request in missing:
+        sampling = SamplingParams(**sampling_settings(request))
+        engine.add_request(request.name, {"prompt_token_ids": request.prompt}, sampling)
     before = _counters(llm.get_metrics())
-    with results_path.open("a", buffering=1) as stream:
+    with (folder / RESULTS_NAME).open("a", buffering=1) as stream:
         while engine.has_unfinished_requests():
             _end_with(parent)
             for output in engine.step():
@@ -59,6 +55,15 @@ def run(folder: Path) -> None:
         artifacts.write_text(folder / "speculation.json", speculation.model_dump_json())
     del llm, engine
     cleanup_dist_env_and_memory()
+
+
+def read_job(folder: Path) -> tuple[Job, list[Request]]:
+    """The job in `folder`, and its requests that have no result there."""
+    job = Job.model_validate_json((folder / "job.json").read_bytes())
+    results_path = folder / RESULTS_NAME
+    lines = results_path.read_text().splitlines() if results_path.exists() else []
+    done = {json.loads(line)["name"] for line in lines}
+    return job, [request for request in job.requests if request.name not in done]
 
 
 def time_steps(folder: Path) -> None:
@@ -122,12 +127,18 @@ def _start(engine: Engine) -> Any:
     """vLLM's `LLM`."""
     from vllm import LLM
 
-    settings: dict[str, object] = {}
+    settings = engine_settings(engine)
     if engine.draft is not None:
         settings["speculative_config"] = {
-            "method": engine.speculative_method, "model": engine.draft,
+            "method": engine.speculative_method, "model": _draft(engine.model, engine.draft),
             "num_speculative_tokens": engine.speculative_tokens,
         }  # fmt: skip
+    return LLM(model=engine.model, disable_log_stats=False, **settings)
+
+
+def engine_settings(engine: Engine) -> dict[str, Any]:
+    """How vLLM is told to be, its model and its draft apart."""
+    settings: dict[str, Any] = {}
     dtype: str = engine.dtype
     on_cpu = vllm_environment.is_cpu_build()
     if on_cpu:
@@ -135,15 +146,45 @@ def _start(engine: Engine) -> Any:
         dtype = _fast_dtype(Path(engine.model)) if dtype == "auto" else dtype
         # Whole prompts: after half a one vLLM 0.32 rewinds the request's random generator, which a CPU's cannot
         # ("CPU Generator does not use offset").
-        settings |= {
+        settings = {
             "kv_cache_memory_bytes": engine.kv_cache_bytes, "block_size": 32, "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(8192, engine.max_model_len),
         }  # fmt: skip
-    return LLM(
-        model=engine.model, max_model_len=engine.max_model_len, max_num_seqs=engine.max_num_seqs, dtype=dtype,
-        kv_cache_dtype=engine.kv_cache_dtype, seed=engine.seed, load_format="safetensors", enforce_eager=on_cpu,
-        disable_log_stats=False, skip_tokenizer_init=True, **settings,
-    )  # fmt: skip
+    return settings | {
+        "max_model_len": engine.max_model_len, "max_num_seqs": engine.max_num_seqs, "dtype": dtype,
+        "kv_cache_dtype": _kept(engine), "seed": engine.seed, "load_format": "safetensors",
+        "enforce_eager": on_cpu, "skip_tokenizer_init": True,
+    }  # fmt: skip
+
+
+def _kept(engine: Engine) -> str:
+    """The cache's type: without AVX-512 vLLM's CPU build has none of FP8, which `auto` becomes where scales are.
+
+    It must be the model's own then, which is bfloat16 with 4-bit weights: with another one attention reads noise.
+    """
+    alone = vllm_environment.is_cpu_build() and hardware.lacks_avx512()
+    return (
+        "bfloat16" if engine.kv_cache_dtype == "auto" and alone and _has_scheme(engine.model) else engine.kv_cache_dtype
+    )
+
+
+def _draft(model: str, draft: str) -> str:
+    """The draft's folder; one without its KV scales where the target brings none: both share a type of cache."""
+    if not _has_scheme(draft) or _has_scheme(model):
+        return draft
+    plain = Path(tempfile.mkdtemp(prefix="quantkit-draft-"))
+    atexit.register(shutil.rmtree, plain, ignore_errors=True)
+    for path in Path(draft).iterdir():
+        if path.is_file() and path.name != "config.json":
+            (plain / path.name).symlink_to(path.resolve())
+    config = json.loads((Path(draft) / "config.json").read_bytes())
+    config["quantization_config"]["kv_cache_scheme"] = None
+    artifacts.write_json(plain / "config.json", config)
+    return str(plain)
+
+
+def _has_scheme(model: str) -> bool:
+    return has_kv_scheme(json.loads((Path(model) / "config.json").read_bytes()))
 
 
 def _fast_dtype(model: Path) -> str:
@@ -152,13 +193,13 @@ def _fast_dtype(model: Path) -> str:
     return "bfloat16" if quantized else str(hardware.compute_dtype("cpu")).removeprefix("torch.")
 
 
-def _sampling(request: Request) -> object:
-    from vllm import SamplingParams
-
-    return SamplingParams(
-        temperature=request.temperature, max_tokens=request.max_tokens, seed=request.seed, detokenize=False,
-        stop_token_ids=request.stop_token_ids, prompt_logprobs=0 if request.prompt_logprobs else None,
-    )  # fmt: skip
+def sampling_settings(request: Request) -> dict[str, Any]:
+    """What vLLM's SamplingParams are made of for a request."""
+    return {
+        "temperature": request.temperature, "max_tokens": request.max_tokens, "seed": request.seed,
+        "detokenize": False, "stop_token_ids": request.stop_token_ids,
+        "prompt_logprobs": 0 if request.prompt_logprobs else None,
+    }  # fmt: skip
 
 
 def _result(output: object) -> Result:

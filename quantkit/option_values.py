@@ -13,6 +13,13 @@ def size(context: click.Context, parameter: click.Parameter, text: str | None) -
         raise click.BadParameter(str(error)) from error
 
 
+def count_or_all(context: click.Context, parameter: click.Parameter, text: str) -> int | str:
+    """A number from 1, or `all`."""
+    if text == "all" or (text.isdigit() and int(text) > 0):
+        return text if text == "all" else int(text)
+    raise click.BadParameter(f"{text!r}: give a number from 1, or all")
+
+
 def overrides(context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> list[dict[str, str | int]]:
     """`PATTERN:KEY=VALUE,...`, each as a mapping with the pattern as `match`."""
     found: list[dict[str, str | int]] = []
@@ -40,6 +47,26 @@ def engine_options(
             raise click.BadParameter(f"{text!r}: write it as KEY=VALUE, a number, a word or true, for example iters=20")
         found[key] = value
     return found
+
+
+def temperatures(
+    context: click.Context, parameter: click.Parameter, texts: tuple[str, ...]
+) -> list[float | str]:  # fmt: skip
+    """Numbers, or `deployment`."""
+    try:
+        return [text if text == "deployment" else float(text) for text in texts]
+    except ValueError:
+        raise click.BadParameter(f"{', '.join(texts)}: give a number such as 0.7, or deployment") from None
+
+
+def acceptance(context: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    """`acceptance=0.7` as 0.7."""
+    if text is None:
+        return None
+    try:
+        return float(text.removeprefix("acceptance="))
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: write it as acceptance=0.7") from None
 
 
 def numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:

@@ -21,8 +21,8 @@ class Step(NamedTuple):
     stage: Stage
 
 
-def plan(recipe: Recipe, out: Path) -> list[Step]:
-    """The stages of a recipe, in order; those of a run in `out`.
+def plan(recipe: Recipe, out: Path, *, cluster: str | None = None) -> list[Step]:
+    """The stages of a recipe, in order; those of a run in `out`. `cluster` is where a draft's target answers.
 
     Raises:
         QuantkitError: everything that can be seen to be wrong before any work.
@@ -39,21 +39,26 @@ def plan(recipe: Recipe, out: Path) -> list[Step]:
         Step("target", stages.quantize(
             checkpoint, calibration=recipe.calibration, settings=recipe.quantize, seed=recipe.seed)),
         Step("report", stages.evaluate(
-            target, checkpoint, settings=recipe.evaluate, seed=recipe.seed, note=recipe.note)),
-        Step("draft", stages.train_draft(target, settings=recipe.draft, seed=recipe.seed)),
+            [target], checkpoint, settings=recipe.evaluate, seed=recipe.seed, note=recipe.note)),
+        Step("draft", stages.train_draft(
+            target, settings=recipe.draft, seed=recipe.seed, cluster=cluster)),
         Step("bundle", stages.bundle(target, draft=draft, report_dir=report, settings=recipe.serve)),
         Step("served", stages.serve_once(bundle)),
     ]  # fmt: skip
+    if recipe.bench is not None:
+        steps.append(Step("bench", stages.bench(bundle, checkpoint, settings=recipe.bench)))
     return steps
 
 
-def run(recipe: Recipe, out: Path, *, display: Display, fresh: bool = False) -> dict[str, Manifest]:
+def run(
+    recipe: Recipe, out: Path, *, display: Display, fresh: bool = False, cluster: str | None = None
+) -> dict[str, Manifest]:
     """Run a recipe into `out`; the manifests by folder.
 
     Raises:
         QuantkitError: wrong input, a failed gate, or `out` holds the run of another recipe.
     """
-    steps = plan(recipe, out)
+    steps = plan(recipe, out, cluster=cluster)
     _claim(recipe, out)
     if fresh:
         for step in steps:

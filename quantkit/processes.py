@@ -2,10 +2,13 @@
 
 import os
 import re
+import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +65,62 @@ def run_logged(
         _, status, used = os.wait4(child.pid, 0)
         child.returncode = os.waitstatus_to_exitcode(status)
     return Spent(child.returncode, time.monotonic() - begin_s, used.ru_utime + used.ru_stime, peak_bytes)
+
+
+DONE = "done"  # what a worker answers where it has done what it was asked
+
+
+class Worker:
+    """A child that takes jobs one after the other: a line each on its standard input, a line back when it is done."""
+
+    def __init__(self, command: Sequence[str], *, env: Mapping[str, str], log: Path) -> None:
+        self.log = log
+        with log.open("w") as stream:
+            self.process = subprocess.Popen(
+                list(command), env=dict(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
+                start_new_session=True,
+            )  # fmt: skip
+
+    def ask(self, line: str, on_tick: Callable[[], None] = lambda: None) -> bool:
+        """Have it do a job; whether it did. One that failed has ended, and so have all its children."""
+        child, answer = self.process, ""
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            with suppress(BrokenPipeError):
+                child.stdin.write(f"{line}\n")
+                child.stdin.flush()
+            while child.poll() is None and not select.select([child.stdout], [], [], 0.5)[0]:
+                on_tick()
+            answer = child.stdout.readline().strip()
+        finally:
+            if answer != DONE:  # it failed, or Ctrl-C: nothing of it may outlive what asked it
+                with suppress(ProcessLookupError):
+                    os.killpg(child.pid, signal.SIGKILL)
+        on_tick()
+        return answer == DONE
+
+    def close(self) -> None:
+        """Tell it that there are no more jobs, and wait until it has ended."""
+        child = self.process
+        assert child.stdin is not None and child.stdout is not None
+        with suppress(BrokenPipeError):
+            child.stdin.close()
+        try:
+            child.wait(timeout=20)
+        except subprocess.TimeoutExpired:
+            os.killpg(child.pid, signal.SIGKILL)
+            child.wait()
+        child.stdout.close()
+
+
+def answer(run: Callable[[Path], None]) -> None:
+    """Run what lies in the folders that standard input names, a line each; standard output says when each is done."""
+    # What vLLM and its libraries print goes to the log; standard output belongs to the conversation.
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        run(Path(line.rstrip("\n")))
+        answers.write(f"{DONE}\n")
 
 
 def telling_line(log: Path) -> str:

@@ -6,6 +6,8 @@ import json
 import os
 import platform
 import resource
+import shlex
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -39,6 +41,11 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def command() -> str | None:
+    """The command line that runs, as a shell takes it; None where quantkit is used as a library."""
+    return shlex.join(["quantkit", *sys.argv[1:]]) if Path(sys.argv[0]).name == "quantkit" else None
 
 
 def machine() -> dict[str, str | int]:

@@ -9,19 +9,20 @@ from quantkit.formats import FORMATS, Storage, Storages, by_name
 
 def build(
     format: str, *, bits: int, group_size: int, symmetric: bool, ignore: Sequence[str],
-    special: Mapping[str, Storage | None] | None = None,
+    special: Mapping[str, Storage | None] | None = None, kv_strategy: str | None = None,
 ) -> dict[str, object]:  # fmt: skip
     """What config.json says under "quantization_config".
 
     group_size: -1 for per channel.
     ignore: the linears left in full precision, "lm_head" among them. AWQ needs at least one and matches them
         as substrings; compressed-tensors matches names, and "re:..." as patterns; GPTQ has no place for them,
-        and vLLM goes by which linears have packed tensors in the files. compressed-tensors alone can also
-        carry a kv_cache_scheme: put it in the result.
+        and vLLM goes by which linears have packed tensors in the files.
     special: linears of decoder layers by full name that are stored otherwise, or not quantized (None). Those that
         vLLM runs as one (q, k, v; gate, up) must share a scheme.
+    kv_strategy: the files hold scales of an FP8 KV cache, "tensor": one a layer, "attn_head": one a key-value head.
 
-    Raises ValueError for an unknown format, and for AWQ without names to ignore or with linears of another scheme.
+    Raises ValueError for an unknown format, for AWQ without names to ignore or with linears of another scheme, and for
+    KV scales in a format that vLLM drops them of.
     """
     by_name(format)
     config = _BUILDERS[format](bits=bits, group_size=group_size, symmetric=symmetric, ignore=ignore)
@@ -30,6 +31,12 @@ def build(
         by_storage.setdefault(storage, []).append(name)
     for number, (storage, names) in enumerate(sorted(by_storage.items(), key=str), start=1):
         _SPECIALS[format](config, number, storage, names)
+    if kv_strategy is not None:
+        if format != "compressed-tensors":
+            raise ValueError(f"vLLM drops the KV scales of a checkpoint in {format} format: choose compressed-tensors")
+        config["kv_cache_scheme"] = {
+            "num_bits": 8, "type": "float", "symmetric": True, "strategy": kv_strategy, "dynamic": False,
+        }  # fmt: skip
     return config
 
 

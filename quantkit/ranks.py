@@ -118,6 +118,13 @@ def sum_up(sums: dict[str, Tensor], count: int) -> int:
     return int(total)
 
 
+def take_largest(tensors: dict[str, Tensor]) -> None:
+    """In place: of each element the largest that any rank has."""
+    if world_size() > 1:
+        for name in sorted(tensors):
+            dist.all_reduce(tensors[name], op=dist.ReduceOp.MAX)
+
+
 def by_rows(
     choose: Callable[[Tensor, Sequence[Tensor]], tuple[QuantizedWeight, float]],
     weight_OI: Tensor,

@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -36,6 +37,11 @@ def parse_fraction(value: object) -> object:
     return value
 
 
+def spell_no(value: object) -> object:
+    """`no` of YAML is a truth value."""
+    return "no" if value is False else value
+
+
 def _group_size(value: int) -> int:
     if value != -1 and value < 8:
         raise ValueError(f"group_size {value} is too small: use -1 (per channel), 32, 64 or 128")
@@ -52,12 +58,17 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TextWindows(Section):
-    """Windows of text: which sources, how many samples of how many tokens."""
+class Text(Section):
+    """Which sources, in windows of how many tokens."""
 
     text: tuple[str, ...] = Field(min_length=1)
-    samples: PositiveInt = 128
     length: Annotated[int, Field(ge=16)] = 2048
+
+
+class TextWindows(Text):
+    """Windows of text: how many samples."""
+
+    samples: PositiveInt = 128
 
 
 class Override(Section):
@@ -89,6 +100,24 @@ class Quantize(Section):
     damping: PositiveFloat = 0.01
     ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits
     overrides: tuple[Override, ...] = ()
+    kv_cache: Annotated[Literal["no", "fp8"], BeforeValidator(spell_no)] = "no"  # whether it brings scales for one
+    kv_scales: Literal["max", "percentile", "mse"] = "mse"  # how they are chosen
+    kv_strategy: Literal["tensor", "attn_head"] = "tensor"  # one a layer, or one a key-value head
+    uncalibrated_kv_cache: bool = False  # an FP8 cache although the format takes no scales: it runs at 1.0
+
+    @model_validator(mode="after")
+    def _scales_that_are_loaded(self) -> "Quantize":
+        bare = self.format in ("awq", "gptq") or self.engine != "native"
+        if self.kv_cache == "fp8" and bare and not self.uncalibrated_kv_cache:
+            who = f"format {self.format}" if self.format in ("awq", "gptq") else f"engine {self.engine}"
+            raise ValueError(
+                f"kv_cache fp8 with {who}: vLLM reads KV scales of compressed-tensors that the native engine writes, "
+                "drops those of awq and gptq without a word, and serves at 1.0: choose engine native and format "
+                "compressed-tensors, or uncalibrated_kv_cache true to have it at 1.0"
+            )
+        if self.uncalibrated_kv_cache and not (self.kv_cache == "fp8" and bare):
+            raise ValueError("uncalibrated_kv_cache is for kv_cache fp8 where no scales are written: leave it out")
+        return self
 
     @model_validator(mode="after")
     def _auto(self) -> "Quantize":
@@ -138,6 +167,7 @@ class Draft(Section):
     learning_rate: PositiveFloat = 4e-4
     warmup: Annotated[float, Field(ge=0, lt=1)] = 0.05  # fraction of the steps
     speculative_tokens: PositiveInt = 4
+    draft_vocab_size: PositiveInt = 32000  # tokens that a head can propose: the commonest in the answers
     quantize: Literal["no", "fast", "default", "high"] = "default"  # the effort of the draft's own 4-bit weights
 
     @model_validator(mode="after")
@@ -148,16 +178,53 @@ class Draft(Section):
             if given:
                 raise ValueError(f"kind eagle3 takes no {', '.join(given)}: leave out, or choose kind draft_model")
             return self
+        if self.draft_vocab_size != type(self).model_fields["draft_vocab_size"].default:
+            raise ValueError("draft_vocab_size is of kind eagle3: a draft model has the target's vocabulary")
         if (self.init is None) == (self.keep_layers is None):
             raise ValueError("give exactly one of init (a smaller checkpoint) and keep_layers (of the target's own)")
         return self
 
 
-class Evaluate(TextWindows):
-    """The held-out text and the gate."""
+Chat = Annotated[str, BeforeValidator(spell_no)]
 
-    samples: PositiveInt = 32
-    max_perplexity_drift: Fraction = 0.02
+
+class Limits(Section):
+    """What a candidate must keep, each limit of what was measured; None: no limit."""
+
+    perplexity_drift: Fraction | None = None  # at most, on text
+    kl: PositiveFloat | None = None  # nats a token, at most, on every set of text
+    top1_agreement: Fraction | None = None  # at least, on every set of text
+    served_gap: PositiveFloat | None = None  # nats a token, at most: vLLM's nll against that of the stored weights
+    task_recovery: Fraction | None = None  # at least, of each task
+    accepted_length: PositiveFloat | None = None  # at least, of the draft
+
+
+class Evaluate(Text):
+    """The held-out text, what is asked besides it, and the gates."""
+
+    samples: PositiveInt | Literal["all"] = 32  # all: whole documents, every token scored
+    stride: PositiveInt | None = None  # with samples all: scored tokens from window to window; the length, if not given
+    chat: Chat = "auto"  # prompts that the reference answers, or no; auto: self:32 where it can write them
+    chat_tokens: PositiveInt = 256  # longest answer
+    long_length: Annotated[int, Field(ge=16)] | None = None  # tokens of a few longer windows, scored besides
+    long_samples: PositiveInt = 4
+    # The candidate is judged with each; auto: FP8 where it brings scales, else 16 bits
+    kv_cache: tuple[
+        Literal["auto", "float16", "fp8", "fp8_e5m2", "fp8_per_token_head", "int8_per_token_head"], ...
+    ] = ("auto",)  # fmt: skip
+    served: bool = False  # whether vLLM scores the same tokens
+    tasks: tuple[str, ...] = ()  # of lm-eval
+    task_limit: PositiveInt | None = None  # samples of a task
+    profile: str = "default"  # of limits: one of eval/, or a file
+    max_perplexity_drift: Fraction | None = None  # instead of the profile's
+
+    @model_validator(mode="after")
+    def _strided(self) -> "Evaluate":
+        if self.stride is not None and self.samples != "all":
+            raise ValueError("stride goes with samples all: drawn samples are windows that do not overlap")
+        if self.stride is not None and self.stride > self.length:
+            raise ValueError(f"stride {self.stride} leaves tokens out between windows of {self.length}: lower it")
+        return self
 
 
 class Serve(Section):
@@ -169,10 +236,67 @@ class Serve(Section):
     max_num_batched_tokens: PositiveInt = 2048
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.92
     tensor_parallel_size: PositiveInt = 1
-    kv_cache_dtype: Literal["auto", "fp8", "fp8_e4m3", "fp8_e5m2"] = "fp8"
+    # auto: FP8 where the target brings scales, else 16 bits
+    kv_cache_dtype: Literal[
+        "auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_per_token_head", "int8_per_token_head"
+    ] = "auto"  # fmt: skip
+    kv_cache_skip_layers: Literal["auto"] | tuple[NonNegativeInt, ...] = "auto"  # at 16 bits; auto: the evaluation's
+    uncalibrated_kv_cache: bool = False  # FP8 although the target brings no scales: it runs at 1.0
     prefix_caching: bool = True
     speculate: Literal["auto", "always", "never"] = "auto"  # auto: where the draft's plan is sure that it pays
     speculative_tokens: PositiveInt | None = None  # the draft's plan's, or 4 where it has none
+    replicas: PositiveInt = 2  # of vLLM on one machine, in compose.yaml
+    router: Literal["least_load", "cache_aware"] = "least_load"  # to the freest KV cache, or first to a known prefix
+    ttft_limit_s: PositiveFloat = 2.0  # seconds to the first token, at the 95th percentile, beyond which an alert fires
+    itl_limit_s: PositiveFloat = 0.2  # seconds between two tokens, likewise
+    gpus_per_node: PositiveInt = 8  # of the cluster: a model that needs more is spread over several nodes, in k8s/
+
+
+class Bench(Section):
+    """What is put side by side on vLLM, under which load, against which limits. What is left out is by the machine."""
+
+    variants: tuple[str, ...] = ()  # as w4+draft:4+prefix; each technique on top of those before it, if not given
+    what_if: Annotated[float, Field(gt=0, lt=1)] | None = None  # acceptance of a draft that nobody has yet; GPUs only
+    concurrencies: tuple[PositiveInt, ...] = ()
+    rounds: PositiveInt = 3  # of all loads on all variants
+    requests: PositiveInt | None = None  # of a load, at least as many as there are at once
+    output_tokens: Annotated[int, Field(ge=2)] | None = None  # at most, of an answer
+    prompts: str = "bundle"  # a text source, or those that the bundle carries
+    system_prompt: str | None = None  # a file: the beginning that prompts share where prefix caching is measured
+    temperatures: tuple[Temperature | Literal["deployment"], ...] = (0.0,)  # deployment: the target's own
+    ttft_limit_s: PositiveFloat | None = None  # the bundle's
+    tpot_limit_s: PositiveFloat | None = None
+    price_per_hour: PositiveFloat | None = None  # of what one server runs on
+    knee: bool = False  # whether guidellm looks for the load from which more requests add no tokens a second
+    servers: Literal["auto", "together", "in turns"] = "auto"  # kept up side by side where memory allows it
+
+
+ClaimName = Literal[
+    "ttft_ms", "tokens_per_s", "users", "price_per_1m_tokens", "perplexity_drift", "acceptance", "kv_cache_gb"
+]  # fmt: skip
+
+
+class Claim(Section):
+    """What somebody says that a deployment gives: before, after, or both."""
+
+    before: PositiveFloat | None = None
+    after: Fraction | None = None
+
+
+class Planned(Section):
+    """For `quantkit plan` alone: the machine, what is asked of it, and claims to hold against the arithmetic."""
+
+    gpu: str  # as --gpu: h100-80gb:4
+    context: PositiveInt = 4096  # tokens of a request, its answer among them
+    answer_tokens: PositiveInt = 256
+    users: PositiveInt = 32
+    kv_cache: tuple[str, ...] = ()
+    price_per_hour: PositiveFloat | None = None  # of one GPU
+    acceptance: Annotated[float, Field(ge=0, le=1), BeforeValidator(parse_fraction)] | None = None
+    draft_tokens: PositiveInt | None = None
+    draft_size: Fraction | None = None  # of a draft that does not exist, as a part of the target
+    claims: dict[ClaimName, Claim] = {}
+    architecture: dict[str, Any] = {}  # the model's config.json, to plan without its weights
 
 
 class Recipe(Section):
@@ -187,6 +311,8 @@ class Recipe(Section):
     draft: Draft
     evaluate: Evaluate
     serve: Serve = Serve()
+    bench: Bench | None = None
+    plan: Planned | None = None  # decides nothing of a run
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -195,19 +321,38 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         QuantkitError: no such file, no YAML, or every wrong key and value with the nearest right name.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise QuantkitError(f"recipe {path} is not there: see the folder recipes/ for some to start from") from None
-    except IsADirectoryError:
-        raise QuantkitError(f"recipe {path} is a folder: give one of the .yaml files in it") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QuantkitError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
-        raise QuantkitError(f"recipe {path} holds no sections: see recipes/quickstart.yaml")
+    data = read_yaml("recipe", path, see="the folder recipes/ for some to start from")
     for override in overrides:
         _override(data, override)
     return check(Recipe, data, where=str(path))
+
+
+def load_limits(path: Path) -> Limits:
+    """Read and check a profile of limits.
+
+    Raises:
+        QuantkitError: no such file, no YAML, or every wrong key and value with the nearest right name.
+    """
+    return check(Limits, read_yaml("profile", path, see="the folder eval/ for those there are"), where=str(path))
+
+
+def read_yaml(what: str, path: Path, *, see: str) -> dict[str, Any]:
+    """The mapping in a YAML file; `what` it is and where to `see` more are for the error's words.
+
+    Raises:
+        QuantkitError: no such file, no YAML, or no mapping.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise QuantkitError(f"{what} {path} is not there: see {see}") from None
+    except IsADirectoryError:
+        raise QuantkitError(f"{what} {path} is a folder: give one of the .yaml files in it") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise QuantkitError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, dict):
+        raise QuantkitError(f"{what} {path} holds no keys: see {see}")
+    return data
 
 
 def check(model: type[ModelT], data: Mapping[str, Any], *, where: str) -> ModelT:

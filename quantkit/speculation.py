@@ -102,15 +102,18 @@ def summary(plans: Sequence[Plan]) -> dict[str, Any]:
     return {RESULTS_KEY: [plan.model_dump(mode="json") for plan in plans]}
 
 
-def decide(speculate: Speculate, plan: Plan | None, *, max_num_seqs: int, tokens: int | None = None) -> Decision:
+def decide(
+    speculate: Speculate, plan: Plan | None, *, max_num_seqs: int, tokens: int | None = None, by_load: bool = False
+) -> Decision:
     """Whether a server of up to `max_num_seqs` sequences speculates, and by how many tokens.
 
-    It is one number for every load: vLLM 0.32 has `num_speculative_tokens_per_batch_size`, but for a separate draft its
-    newer model runner makes all passes whatever that says, and the older one the first of them. So it is the number
-    whose lower bound is highest at the load where that is lowest: a server that speculates by `auto` is at no load
-    expected to be slower than one that does not.
+    For a separate draft it is one number for every load: vLLM 0.32 has `num_speculative_tokens_per_batch_size`, but
+    there its newer model runner makes all passes whatever that says, and the older one the first of them. So it is the
+    number whose lower bound is highest at the load where that is lowest: a server that speculates by `auto` is at no
+    load expected to be slower than one that does not.
 
     tokens: asked for instead of the plan's; with `auto` it only remains whether they pay.
+    by_load: vLLM follows a schedule by number of sequences: at each load the number that is sure to pay there, if any.
     """
     if speculate == "never":
         return Decision(0, "not wanted: serve.speculate is never")
@@ -119,6 +122,8 @@ def decide(speculate: Speculate, plan: Plan | None, *, max_num_seqs: int, tokens
             tokens or TOKENS_WITHOUT_PLAN, "on: the draft has no plan for this kind of machine, so whether it pays is "
             "not known",
         )  # fmt: skip
+    if by_load:
+        return Decision(max(load.tokens for load in plan.loads), f"on by load: {in_words(plan)} ({plan.basis})")
     loads = plan.up_to(max_num_seqs)
     known = [option.tokens for option in loads[0].options]
     if tokens is not None and tokens not in known:
@@ -140,6 +145,31 @@ def decide(speculate: Speculate, plan: Plan | None, *, max_num_seqs: int, tokens
         )
     best = "asked for" if tokens else "best number"
     return Decision(0, f"off: not sure to pay at every load up to max-num-seqs. The {best}, {expected} ({plan.basis})")
+
+
+def schedule(plan: Plan, *, max_num_seqs: int) -> list[tuple[int, int, int]]:
+    """(first, last, tokens) by number of sequences, for vLLM's `num_speculative_tokens_per_batch_size`.
+
+    A load's best number holds at that load; between two loads the smaller of theirs; beyond the last, the last's.
+    Empty where it is one number for all.
+    """
+    found: list[tuple[int, int, int]] = []
+
+    def add(first: int, last: int, tokens: int) -> None:
+        last = min(last, max_num_seqs)
+        if first > last:
+            return
+        if found and found[-1][2] == tokens:
+            first = found.pop()[0]
+        found.append((first, last, tokens))
+
+    below, tokens = 0, plan.loads[0].tokens
+    for load in plan.loads:
+        add(below + 1, load.concurrency - 1, min(tokens, load.tokens))
+        add(load.concurrency, load.concurrency, load.tokens)
+        below, tokens = load.concurrency, load.tokens
+    add(below + 1, max_num_seqs, tokens)
+    return found if len(found) > 1 else []
 
 
 def in_words(plan: Plan) -> str:

@@ -5,24 +5,30 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from quantkit import __version__, architecture, artifacts, hardware, text
+from quantkit import __version__, architecture, artifacts, hardware, text, vllm_environment
 from quantkit.artifacts import Kind, Manifest, Work
 from quantkit.engines import registry
-from quantkit.errors import GateFailed, QuantkitError, raise_all
+from quantkit.errors import GateFailed, GateUndecided, QuantkitError, raise_all
 from quantkit.formats import Storage
+from quantkit.kv_scheme import has_kv_scheme
 from quantkit.progress import LINE, Display, Report
-from quantkit.recipe import Draft, Evaluate, Quantize, Serve, TextWindows
+from quantkit.recipe import Bench, Draft, Evaluate, Quantize, Serve, TextWindows
 
 if TYPE_CHECKING:
     from quantkit import ranks
     from quantkit.checkpoint import Checkpoint
+    from quantkit.evaluate.report import Acceptance, Candidate
+    from quantkit.offline import Session
+    from quantkit.quantize.kv_scales import KvNote
     from quantkit.quantize.layer import Settings
+    from quantkit.speculation import Plan, Profile
     from quantkit.tokens import TokenSet
 
 # What every engine takes, each within its limits.
 _FOR_ALL = {"engine", "engine_options", "method", "format", "bits", "group_size", "symmetric"}
+_FOR_ALL |= {"kv_cache", "uncalibrated_kv_cache"}
 _NATIVE_METHODS = ("gptq", "awq", "awq+gptq")
 _HEAD_ENGINE = "speculators"
 _DRAFT_WINDOWS, _DRAFT_WINDOW = 128, 512  # that a draft's 4-bit weights are calibrated on at most, and their tokens
@@ -158,10 +164,14 @@ def _limits(source: "Checkpoint", settings: Quantize) -> list[str]:
 
 def _plan(settings: Quantize) -> "Settings":
     """The native engine's settings."""
+    from quantkit.quantize.kv_scales import KvSettings
     from quantkit.quantize.layer import Settings
 
-    native = settings.model_dump(exclude={"engine", "engine_options", "format"})
-    return Settings.of(**native, format=settings.format or "compressed-tensors")
+    of_cache = {"kv_cache", "kv_scales", "kv_strategy", "uncalibrated_kv_cache"}
+    native = settings.model_dump(exclude={"engine", "engine_options", "format"} | of_cache)
+    calibrated = settings.kv_cache == "fp8" and not settings.uncalibrated_kv_cache
+    kept = KvSettings(settings.kv_scales, settings.kv_strategy) if calibrated else None
+    return Settings.of(**native, format=settings.format or "compressed-tensors", kv_cache=kept)
 
 
 def _stored(settings: Quantize) -> Storage:
@@ -218,6 +228,22 @@ def _natively(
         "allocation": stream.allocation(layers),
         "special": {name: storage and storage._asdict() for name, storage in special.items()},  # null: 16 bits
         "linears": [note._asdict() for note in notes],
+        "kv_cache": _kv_cache(settings, stream.kv_notes(layers, source.arch.num_layers)),
+    }  # fmt: skip
+
+
+def _kv_cache(settings: Quantize, notes: "Sequence[Sequence[KvNote]]") -> dict[str, Any] | None:
+    """What the manifest says of the KV cache: of which type, and each layer's scales."""
+    if settings.kv_cache == "no":
+        return None
+    if settings.uncalibrated_kv_cache:
+        return {"type": settings.kv_cache, "calibrated": False}
+    layers = [
+        {note.name: {n: v for n, v in note._asdict().items() if n != "name"} for note in layer} for layer in notes
+    ]
+    return {
+        "type": settings.kv_cache, "calibrated": True, "chosen_by": settings.kv_scales,
+        "strategy": settings.kv_strategy, "layers": layers,
     }  # fmt: skip
 
 
@@ -234,7 +260,9 @@ def _by_contract(
         options=settings.engine_options, seed=seed, device=device, out=work.out, folder=work.partial, report=report,
     )  # fmt: skip
     # of single linears an engine says nothing
-    return {"engine": ran, "method": ran["method"], **_counted(windows), "linears": []}
+    return {
+        "engine": ran, "method": ran["method"], **_counted(windows), "linears": [], "kv_cache": _kv_cache(settings, []),
+    }  # fmt: skip
 
 
 def _counted(windows: "TokenSet") -> dict[str, Any]:
@@ -242,43 +270,117 @@ def _counted(windows: "TokenSet") -> dict[str, Any]:
 
 
 def evaluate(
-    candidate: Path, reference: Path, *, settings: Evaluate, seed: int, note: str = "", device: str = "cpu"
-) -> Stage:
-    """Candidate against reference on held-out text; the verdict stops the run when the gate fails."""
+    candidates: Sequence[Path], reference: Path, *, settings: Evaluate, seed: int, draft: Path | None = None,
+    note: str = "", device: str = "cpu",
+) -> Stage:  # fmt: skip
+    """Candidates against their reference; the verdict stops the run when a gate fails, or cannot tell.
+
+    draft: the acceptance of this draft before each candidate is measured by vLLM.
+
+    Raises:
+        QuantkitError: no such profile of limits, or task.
+    """
+    from quantkit.evaluate import gates, tasks
+
+    limits = gates.profile(settings.profile)
+    if settings.max_perplexity_drift is not None:
+        limits = limits.model_copy(update={"perplexity_drift": settings.max_perplexity_drift})
 
     def make(work: Work, report: Report) -> None:
         from quantkit.evaluate import report as pages
 
-        calibrated = _calibration_of(candidate)
-        text.refuse_shared_text(calibrated, settings.text)
+        judged = [_candidate(path, candidates) for path in candidates]
+        for each in judged:
+            text.refuse_shared_text(each.calibrated_on, settings.text)
         work.results |= pages.evaluate(
-            candidate, reference, settings=settings, seed=seed, calibrated_on=calibrated, note=note, out=work.out,
+            judged, reference, settings=settings, limits=limits,
+            acceptance=_acceptance(draft, work.partial, report), seed=seed, note=note, out=work.out,
             folder=work.partial, device=device, report=report,
         )  # fmt: skip
 
     def verdict(manifest: Manifest) -> None:
-        failed = [gate["sentence"] for gate in manifest.results["gates"] if not gate["passed"]]
-        if failed:
-            raise GateFailed(
-                f"{candidate} must not be served: {'; '.join(failed)}. Raise bits or calibration samples, take a "
-                "smaller group_size, or, if that drift is acceptable, set evaluate.max_perplexity_drift"
-            )
+        found = manifest.results
+        if found["verdict"] == "passed":
+            return
+        said = "; ".join(gate["sentence"] for gate in found["gates"] if gate["verdict"] == found["verdict"])
+        names = ", ".join(dict.fromkeys(gate["candidate"] for gate in found["gates"] if gate["verdict"] != "passed"))
+        if found["verdict"] == "undecided":
+            raise GateUndecided(f"{names} can not be judged yet: {said}. Raise evaluate.samples, or the limit")
+        raise GateFailed(
+            f"{names} must not be served: {said}. Raise bits or calibration samples, take a smaller group_size, or, if "
+            "that is acceptable, another profile of limits or evaluate.max_perplexity_drift"
+        )
 
-    shape = _windows(settings) | {"max_perplexity_drift": settings.max_perplexity_drift, "seed": seed, "note": note}
-    return Stage("eval", "report", {"candidate": candidate, "reference": reference}, shape, make, verdict)
+    asked = tasks.resolve(settings.tasks) if settings.tasks else []
+    shape = settings.model_dump() | {
+        "text": text.describe(settings.text), "tasks": {each.name: each.digest for each in asked},
+        "limits": limits.model_dump(), "seed": seed, "note": note,
+    }  # fmt: skip
+    inputs = {"candidate" if not number else f"candidate-{number + 1}": path for number, path in enumerate(candidates)}
+    inputs |= {"reference": reference} | ({"draft": draft} if draft else {})
+    return Stage("eval", "report", inputs, shape, make, verdict)
 
 
-def train_draft(target: Path, *, settings: Draft, seed: int, hand_out: "ranks.HandOut" = lambda order: None) -> Stage:
+def _candidate(path: Path, among: Sequence[Path]) -> "Candidate":
+    """What is judged: called by its folder, and by those above it as far as needed to tell it from the others."""
+    from quantkit.evaluate.report import Candidate
+
+    manifest = artifacts.read_manifest(path)
+    others = [each.resolve() for each in among if each.resolve() != path.resolve()]
+    parts = path.resolve().parts
+    deep = next(n for n in range(1, len(parts) + 1) if all(each.parts[-n:] != parts[-n:] for each in others))
+    linears = [
+        {"name": note["linear"], "relative_error": note["relative_error"]}
+        for note in (manifest.results.get("linears", []) if manifest else [])
+    ]
+    return Candidate("/".join(parts[-deep:]), path, _calibration_of(path), linears)
+
+
+def _acceptance(draft: Path | None, folder: Path, report: Report) -> "Acceptance":
+    """Has vLLM count what it accepts of the draft before a candidate, on the draft's own held-out prompts."""
+    if draft is None:
+        return lambda session, candidate: None
+    from quantkit import conversations
+    from quantkit.checkpoint import open_checkpoint
+    from quantkit.draft import acceptance, distil
+
+    facts = (artifacts.read_manifest(draft) or _no_draft(draft)).results
+    held_out = conversations.load_exchanges(draft / "held_out.jsonl")
+
+    def measure(session: "Session", candidate: "Candidate") -> dict[str, Any]:
+        place = folder / f"acceptance-{candidate.name.replace('/', '-')}"
+        counted = acceptance.measure(
+            session, distil.speaking_target(open_checkpoint(candidate.path), place), draft, held_out,
+            k=facts["speculative_tokens"], longest=max(len(each.answer) for each in held_out), folder=place,
+            report=report, what="the draft", method=facts["kind"],
+        )  # fmt: skip
+        return counted.summary()
+
+    return measure
+
+
+def _no_draft(path: Path) -> Manifest:
+    raise QuantkitError(f"draft {path} has no manifest: give the --out of `quantkit train-draft`")
+
+
+def train_draft(
+    target: Path, *, settings: Draft, seed: int, cluster: str | None = None,
+    hand_out: "ranks.HandOut" = lambda order: None,
+) -> Stage:  # fmt: skip
     """A draft for the target, distilled on the target's own answers, and quantized where that makes it better.
 
     A head (kind eagle3) is another engine's work and stays in 16 bits. `hand_out` tells other processes to train along.
+    With the address of a Ray cluster the target writes prompts and answers there; the name of the work does not say
+    where it is done, so it goes on here, or there, when interrupted.
 
     Raises:
-        QuantkitError: a head and several processes.
+        QuantkitError: a head and several processes; a cluster, and no Ray here.
     """
     with_head = settings.kind == "eagle3"
     if with_head and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise QuantkitError("kind eagle3 is trained by one process: leave out torchrun")
+    if cluster is not None:
+        vllm_environment.check_ray()
 
     def make(work: Work, report: Report) -> None:
         from quantkit import checkpoint as checkpoints
@@ -307,6 +409,7 @@ def train_draft(target: Path, *, settings: Draft, seed: int, hand_out: "ranks.Ha
         work.results |= distil.train_draft(
             target, settings=settings, seed=seed, out=work.out, folder=work.partial, report=report,
             quantize=None if settings.quantize == "no" else quantize, train_head=train_head, hand_out=hand_out,
+            cluster=cluster,
         )  # fmt: skip
 
     inputs = {"target": target} | ({"init": Path(settings.init)} if settings.init else {})
@@ -332,7 +435,9 @@ def _quantize_draft(
     fitting = [size for size in [*sizes, 128, 64, 32] if all(width % size == 0 for width in inputs)]
     group_size = fitting[0] if fitting else -1
     windows = tokens.pack(texts, length=_DRAFT_WINDOW, samples=_DRAFT_WINDOWS)
-    plan = _plan(Quantize(effort=settings.quantize, group_size=group_size, continuations=0))
+    # a draft's cache is of its target's type, and has scales of its own
+    kept: Literal["no", "fp8"] = "fp8" if has_kv_scheme(checkpoints.open_checkpoint(target).config) else "no"
+    plan = _plan(Quantize(effort=settings.quantize, group_size=group_size, continuations=0, kv_cache=kept))
     layers, partial = folder / "draft-layers", out.with_suffix(".partial")
 
     def say(what: str, done: int, total: int) -> None:
@@ -346,24 +451,83 @@ def _quantize_draft(
     partial.rename(out)
 
 
-def bundle(target: Path, *, draft: Path | None, report_dir: Path | None, settings: Serve) -> Stage:
-    """Target, draft and report as a directory that `vllm serve --config` serves."""
+def bundle(
+    target: Path, *, draft: Path | None, report_dir: Path | None, settings: Serve, bench_dir: Path | None = None
+) -> Stage:
+    """Target, draft and report as a directory that `vllm serve --config` serves.
+
+    bench_dir: a bench of an earlier bundle of the same two, whose measurements take the place of the draft's plan.
+    """
 
     def make(work: Work, report: Report) -> None:
         from quantkit import speculation
+        from quantkit.capacity import sizing
         from quantkit.serve import bundle as bundles
         from quantkit.serve.settings import from_recipe
 
         report("writing the bundle", 0, 0)
         manifest = artifacts.read_manifest(draft) if draft else None
         plans = speculation.read(manifest.results if manifest else {}) if draft else None
-        flags, sources, decisions = from_recipe(settings, target, plans=plans)
+        if plans is not None and bench_dir is not None:
+            plans |= _benched(bench_dir, target, draft)
+        left = left_at_16_bits(report_dir, target)
+        flags, sources, decisions = from_recipe(
+            as_quantized(settings, target), target, plans=plans, left_at_16_bits=left,
+            method=sizing.speculative_method(sizing.read_config(draft)) if draft else "draft_model",
+        )  # fmt: skip
         bundles.build(
             work, target=target, draft=draft, report=report_dir, settings=flags, sources=sources, decisions=decisions
         )
 
-    inputs = {"target": target} | ({"draft": draft} if draft else {}) | ({"report": report_dir} if report_dir else {})
+    found = {"target": target, "draft": draft, "report": report_dir, "bench": bench_dir}
+    inputs = {name: path for name, path in found.items() if path is not None}
     return Stage("bundle", "bundle", inputs, {"serve": settings.model_dump()}, make)
+
+
+def _benched(bench_dir: Path, target: Path, draft: Path | None) -> "dict[Profile, Plan]":
+    """The plan that a bench of these very checkpoints measured.
+
+    Raises:
+        QuantkitError: the folder is no bench, or one of other checkpoints, or it measured no draft.
+    """
+    from quantkit import speculation
+
+    manifest = artifacts.read_manifest(bench_dir)
+    if manifest is None or manifest.kind != "bench":
+        raise QuantkitError(f"{bench_dir} holds no bench: give the --out of quantkit bench")
+    parts = {"target": target, "draft": draft}
+    others = [
+        f"the {name} that {bench_dir} measured is another one: run quantkit bench on a bundle of this {name}"
+        for name, path in parts.items()
+        if path is not None and manifest.results["digests"].get(name) != artifacts.digest(path)
+    ]
+    raise_all(others)
+    plans = speculation.read(manifest.results)
+    if not plans:
+        raise QuantkitError(f"{bench_dir} measured no draft beside the same without one: bench w4 and w4+draft:4")
+    return plans
+
+
+def left_at_16_bits(report_dir: Path | None, target: Path) -> list[int]:
+    """The layers whose KV cache the evaluation of this very target would leave at 16 bits."""
+    manifest = artifacts.read_manifest(report_dir) if report_dir else None
+    if manifest is None:
+        return []
+    digest = f"sha256:{artifacts.digest(target)}"
+    judged = [
+        each for each in manifest.results["candidates"] if each["digest"] == digest and each["kv_cache"] == "auto"
+    ]
+    cost = judged[0].get("cache") if judged else None
+    return list(cost["leave_at_16_bits"]) if cost else []
+
+
+def as_quantized(settings: Serve, target: Path) -> Serve:
+    """A target that was quantized for an uncalibrated FP8 cache, knowingly, is served with one."""
+    manifest = artifacts.read_manifest(target)
+    kept = (manifest.results.get("kv_cache") if manifest else None) or {}
+    if kept.get("calibrated", True) or settings.kv_cache_dtype != "auto":
+        return settings
+    return settings.model_copy(update={"kv_cache_dtype": kept["type"], "uncalibrated_kv_cache": True})
 
 
 def serve_once(bundle_dir: Path) -> Stage:
@@ -381,6 +545,18 @@ def serve_once(bundle_dir: Path) -> Stage:
             raise QuantkitError(f"{bundle_dir} did not serve what it promises: {lines}")
 
     return Stage("serve", "served", {"bundle": bundle_dir}, {}, make, verdict)
+
+
+def bench(bundle_dir: Path, baseline: Path, *, settings: Bench) -> Stage:
+    """The bundle and the checkpoint that it was made from on the real vLLM, one technique at a time."""
+
+    def make(work: Work, report: Report) -> None:
+        from quantkit.bench import run
+
+        work.results |= run.bench(bundle_dir, baseline, settings=settings, out=work.out, folder=work.partial,
+                                  report=report)  # fmt: skip
+
+    return Stage("bench", "bench", {"bundle": bundle_dir, "baseline": baseline}, {"bench": settings.model_dump()}, make)
 
 
 def _windows(settings: TextWindows) -> dict[str, Any]:

@@ -12,23 +12,58 @@ from quantkit.progress import spoken
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from quantkit.capacity.claims import Judged
+    from quantkit.capacity.planning import Plan
     from quantkit.engines.registry import Engine, Grids
     from quantkit.formats import Storage, Storages
-    from quantkit.serve.check import Check
+    from quantkit.serve.verdict import Check
 
 Row = tuple[str, str]
 
 
 def evaluation_rows(results: dict[str, Any]) -> list[Row]:
-    """The evaluation in lines of a name and a value."""
-    perplexity, drift, kl = results["perplexity"], results["drift"], results["kl_nats"]
-    return [
-        ("perplexity, FP16 -> quantized", f"{perplexity['reference']:.3f} -> {perplexity['candidate']:.3f}"),
-        ("perplexity drift", f"{drift['value']:+.2%} +- {drift['standard_error']:.2%} (standard error)"),
-        ("KL(FP16 || quantized)", f"{kl['mean']:.4f} +- {kl['standard_error']:.4f} nats a token"),
-        ("same most likely token", f"{results['top1_agreement']['value']:.2%}"),
-        ("scored", f"{results['scored_tokens']} tokens in {results['sequences']} sequences"),
-    ]
+    """The evaluation in lines of a name and a value, candidate by candidate."""
+    rows, several = [], len(results["candidates"]) > 1
+    for candidate in results["candidates"]:
+        cache = "" if candidate["kv_cache"] == "auto" else f", {candidate['kv_cache']} KV cache"
+        who = f"{candidate['name']}{cache}: " if several or cache else ""
+        for kind, found in candidate["on"].items():
+            perplexity, drift, kl = found["perplexity"], found["drift"], found["kl_nats"]
+            rows += [
+                (f"{who}perplexity on {kind}", f"{perplexity['reference']:.3f} -> {perplexity['candidate']:.3f}"),
+                (f"{who}drift on {kind}", f"{drift['value']:+.2%}{_between(drift, '.2%')}"),
+                (f"{who}KL on {kind}, nats", f"{kl['value']:.4f}{_between(kl, '.4f')}"),
+                (f"{who}top-1 agreement on {kind}", f"{found['top1_agreement']['value']:.2%}"),
+            ]
+        if kept := candidate.get("cache"):
+            rows.append((f"{who}KV cache", f"{kept['type']}, scales: {kept['scales']}"))
+            for kind, found in kept["on"].items():
+                kl = found["kl_nats"]
+                rows.append((f"{who}the cache adds on {kind}, nats", f"{kl['value']:.4f}{_between(kl, '.4f')}"))
+            if left := kept["leave_at_16_bits"]:
+                rows.append((f"{who}layers to leave at 16 bits", ", ".join(map(str, left))))
+        if why := candidate.get("not_served"):
+            rows.append((f"{who}not asked of vLLM", why))
+        for kind, found in (candidate["served"] or {}).items():
+            apart = found["gap_nats"]
+            rows.append((f"{who}vLLM apart on {kind}, nats", f"{apart['value']:+.4f}{_between(apart, '.4f')}"))
+        for task in candidate["tasks"]:
+            told = f"{task['reference']:.4g} -> {task['candidate']:.4g}, {task['recovery']:.1%} recovered"
+            rows.append((f"{who}{task['task']}, {task['metric']}", f"{told} +- {task['standard_error']:.1%}"))
+        if candidate["acceptance"]:
+            rows.append((f"{who}tokens a step with the draft", _length(candidate["acceptance"])))
+    for kind, found in results["sets"].items():
+        rows.append((f"scored on {kind}", f"{found['scored_tokens']} tokens in {found['sequences']} sequences"))
+    verdict = results["verdict"]
+    said = [gate["sentence"] for gate in results["gates"] if gate["verdict"] == verdict != "passed"]
+    return [*rows, (f"by the profile {results['profile']}", "; ".join([verdict, *said]))]
+
+
+def _between(found: dict[str, Any], spelling: str) -> str:
+    if not found["interval"]:
+        return ""
+    low, high = (format(each, spelling) for each in found["interval"])
+    return f" ({low} to {high})"
 
 
 def draft_rows(results: dict[str, Any]) -> list[Row]:
@@ -59,8 +94,10 @@ def draft_rows(results: dict[str, Any]) -> list[Row]:
         ("accepted at each position, as kept", ", ".join(f"{share:.0%}" for share in first)),
         (f"{results['loss']} by epoch", " -> ".join(f"{loss:.2f}" for loss in results["epoch_losses"])),
     ]
-    if "before" in results:
-        rows.append(("before training", results["before"]))
+    if results.get("kind") == "eagle3":
+        engine, layers = results["engine"], ", ".join(map(str, results["reads_behind_layers"]))
+        told = f"on the states behind {layers} layers, trained by {engine['name']} {engine['version']}"
+        rows += [("an EAGLE-3 head", told), ("before training", results["before"])]
     if "epoch_accepted_lengths" in results:
         lengths = " -> ".join(f"{length:.2f}" for length in results["epoch_accepted_lengths"])
         rows.append(("tokens a step on validation prompts", lengths))
@@ -86,6 +123,59 @@ def _plan_rows(results: dict[str, Any]) -> list[Row]:
         (f"expected on {speculation.PLACES[profile]}", f"{speculation.in_words(plan)} ({plan.basis})")
         for profile, plan in speculation.read(results).items()
     ]
+
+
+def bundle_rows(record: dict[str, Any], bundle: Path) -> list[Row]:
+    """What a bundle serves, whether it may, what it costs in KV cache, and who vouches for it."""
+    from quantkit.serve.signing import SIGNATURE
+
+    settings, pin, cache = record["settings"], record["pin"], record["kv_cache"]
+    report, digests = record["measured"].get("report", {}), record["digests"]
+    per_token, per_sequence = sum(cache["bytes_per_token"].values()), cache["bytes_per_sequence"]
+    rows = [
+        ("serves", f"{settings['served_model_name']}, {record['engine']}, {settings['tensor_parallel_size']} GPU(s)"),
+        ("verdict", _judged(record, report)),
+        ("target", f"{_written(record, 'target')}, digest {digests['target'][:16]}"),
+        ("made from", f"checkpoint {pin['base'][:16]}" if pin.get("base") else "not recorded"),
+    ]
+    if pin["draft"]:
+        fits = {None: "not recorded for which target", pin["target"]: "trained for this target"}
+        trained = fits.get(pin["draft_trained_for"], "trained for ANOTHER target")
+        rows.append(("draft", f"{_written(record, 'draft')}, digest {pin['draft'][:16]}, {trained}"))
+    why = record["speculation"]["decisions"]
+    rows += [(f"speculation on {speculation.PLACES[name]}", each["why"]) for name, each in why.items()]
+    if not pin["draft"] and not why:
+        rows.append(("draft", "none"))
+    rows += [
+        (
+            "KV cache",
+            f"{cache['dtype']}, {per_token} bytes a token and rank, {per_sequence / 2**30:.3f} GiB for one sequence of "
+            f"{settings['max_model_len']} tokens, {settings['max_num_seqs']} at once at most",
+        ),
+        ("signature", "there is one: quantkit serve verify" if (bundle / SIGNATURE).is_file() else "none"),
+    ]
+    return rows + [("warning", line) for line in record["warnings"]]
+
+
+def _judged(record: dict[str, Any], report: dict[str, Any]) -> str:
+    if "verdict" not in report:
+        return "not judged: the bundle carries no evaluation"
+    if record["digests"]["target"] not in record["inputs"]["report"].values():
+        return "not judged: the evaluation in it is of another checkpoint"
+    drifts = [
+        f"drift on {kind} {found['drift']['value']:+.2%}"
+        for candidate in report["candidates"]
+        if candidate["digest"] == f"sha256:{record['digests']['target']}" and candidate["kv_cache"] == "auto"
+        for kind, found in candidate["on"].items()
+    ]
+    return "; ".join([f"{report['verdict']} by the profile {report['profile']}", *drifts])
+
+
+def _written(record: dict[str, Any], role: str) -> str:
+    """How a checkpoint of a bundle is stored, and how large it is."""
+    config = record["quantization_config" if role == "target" else "draft_quantization_config"]
+    size = sum(found["size"] for name, found in record.get("files", {}).items() if name.startswith(f"{role}/"))
+    return (config["quant_method"] if config else "not quantized") + (f", {size / 1e6:.0f} MB" if size else "")
 
 
 def speculation_rows(results: dict[str, Any]) -> list[Row]:
@@ -123,6 +213,12 @@ def served_rows(results: dict[str, Any]) -> list[Row]:
     return [*rows, ("server ready after", spoken(results["ready_s"]))]
 
 
+def bench_rows(results: dict[str, Any]) -> list[Row]:
+    """What each technique gave, where speculation turns negative, what is served within the limits, at what price."""
+    lines = results["summary"] + [f"{name} was left out: {why}" for name, why in results["left_out"].items()]
+    return [(str(number), line) for number, line in enumerate(lines, 1)]
+
+
 def print_rows(console: "Console", title: str, rows: list[Row]) -> None:
     """A table of names and values."""
     from rich.table import Table
@@ -140,6 +236,7 @@ def print_run(console: "Console", out: Path, manifests: dict[str, Manifest]) -> 
     parts = (
         ("target", "Quantized target", quantized_rows), ("report", "Against FP16", evaluation_rows),
         ("draft", "Draft", draft_rows), ("bundle", "Bundle", speculation_rows), ("served", "Served", served_rows),
+        ("bench", "Before and after", bench_rows),
     )  # fmt: skip
     for folder, title, rows in parts:
         if folder in manifests:
@@ -225,18 +322,26 @@ def print_path(path: Path) -> None:
 
     console = Console()
     manifest = artifacts.read_manifest(path) if path.is_dir() else None
-    by_kind = {"quantized": quantized_rows, "report": evaluation_rows, "draft": draft_rows, "served": served_rows}
+    by_kind = {"quantized": quantized_rows, "report": evaluation_rows, "draft": draft_rows, "served": served_rows,
+               "bench": bench_rows}  # fmt: skip
     if manifest is not None:
         rows = [
             ("kind", manifest.kind),
             ("finished", manifest.finished),
             ("took", _cost(manifest)),
             ("quantkit", manifest.versions.get("quantkit", "?")),
-            *((f"input {name}", digest[:16]) for name, digest in manifest.inputs.items()),
         ]
+        if manifest.kind != "bundle":  # a bundle's own rows name them
+            rows += [(f"input {name}", digest[:16]) for name, digest in manifest.inputs.items()]
         print_rows(console, str(path), rows)
+        if manifest.kind == "bundle":
+            from quantkit.serve.bundle import read_bundle
+
+            print_rows(console, "Bundle", bundle_rows(read_bundle(path), path))
         if manifest.kind in by_kind:
             print_rows(console, "Results", by_kind[manifest.kind](manifest.results))
+    if manifest is not None and manifest.results.get("kind") == "eagle3":
+        return  # a head is no checkpoint of its own
     if (path / "config.json").is_file():
         opened = open_checkpoint(path)
         arch, stored = opened.arch, _stored(opened.storages)
@@ -250,6 +355,31 @@ def print_path(path: Path) -> None:
         ])  # fmt: skip
     elif manifest is None:
         raise QuantkitError(f"{path} is neither a checkpoint nor an artefact of quantkit: it has no config.json")
+
+
+def print_plan(plan: "Plan", judged: "Sequence[Judged]") -> None:
+    """A plan as tables, and what must be known besides."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    from quantkit.capacity import tables
+
+    console = Console()
+    console.print(tables.head(plan), style="bold", highlight=False)
+    for each in tables.tables(plan, judged):
+        shown = Table(title=each.title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+        for place, header in enumerate(each.headers):
+            shown.add_column(header, overflow="fold", style=None if place else "cyan")
+        for row in each.rows:
+            shown.add_row(*row)
+        console.print()
+        console.print(shown, highlight=False, markup=False)
+    console.print()
+    for remark in tables.remarks(plan):
+        console.print(f"- {remark}", highlight=False, markup=False)
+    for name, text in plan.formulas.items():
+        console.print(f"  {name} = {text}", style="dim", highlight=False, markup=False)
 
 
 def _stored(storages: "Storages | None") -> str:

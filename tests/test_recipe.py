@@ -15,7 +15,7 @@ MINIMAL: dict[str, Any] = {
     "model": "somewhere",
     "calibration": {"text": ["a.txt"]},
     "draft": {"keep_layers": 2},
-    "evaluate": {"text": ["b.txt"], "max_perplexity_drift": "2.5%"},
+    "evaluate": {"text": ["b.txt"], "max_perplexity_drift": "2.5%", "chat": False},
 }
 
 
@@ -32,6 +32,7 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 
 def test_percentages_become_fractions(tmp_path: Path) -> None:
     assert _load(tmp_path, MINIMAL).evaluate.max_perplexity_drift == 0.025
+    assert _load(tmp_path, MINIMAL).evaluate.chat == "no"
 
 
 def test_an_unknown_key_is_named_with_the_nearest_right_one(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """What a server makes of a draft's plan: how many tokens, or none, and why."""
 
+import itertools
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from quantkit import speculation
 from quantkit.speculation import Load, Option, Plan
@@ -82,3 +85,40 @@ def test_manifests_carry_plans_there_and_back() -> None:
     gpu = FALLING.model_copy(update={"profile": "gpu"})
     assert speculation.read(speculation.summary([FALLING, gpu])) == {"cpu": FALLING, "gpu": gpu}
     assert speculation.read({"vllm": {}}) == {}
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 40), st.integers(0, 5)), min_size=1, max_size=5, unique_by=lambda pair: pair[0]),
+    st.integers(1, 60),
+)
+def test_a_schedule_says_one_number_for_each_load(loads: list[tuple[int, int]], max_num_seqs: int) -> None:
+    """At a measured load its own; between two no more than either's; vLLM wants ranges from 1 on, without gaps."""
+    best = dict(sorted(loads))
+    drawn = _by_load(best)
+    found = speculation.schedule(drawn, max_num_seqs=max_num_seqs)
+    if not found:
+        within = {tokens for size, tokens in best.items() if size <= max_num_seqs}
+        assert len(within) <= 1
+        return
+    assert found[0][0] == 1 and found[-1][1] == max_num_seqs
+    assert all(before[1] + 1 == after[0] for before, after in itertools.pairwise(found))
+    by_size = {size: tokens for first, last, tokens in found for size in range(first, last + 1)}
+    for size, tokens in best.items():
+        if size <= max_num_seqs:
+            assert by_size[size] == tokens
+    for below, above in itertools.pairwise(best):
+        for size in range(below + 1, min(above, max_num_seqs + 1)):
+            assert by_size[size] == min(best[below], best[above])
+
+
+def test_by_load_it_is_on_where_it_pays() -> None:
+    drawn = _by_load({1: 4, 8: 2, 32: 0})
+    found = speculation.decide("auto", drawn, max_num_seqs=32, by_load=True)
+    assert found.tokens == 4 and "32 sequences at once: do not speculate" in found.why
+    assert speculation.decide("auto", drawn, max_num_seqs=32).tokens == 0
+
+
+def _by_load(best: dict[int, int]) -> Plan:
+    """At each number of sequences one number of draft tokens pays, or none does."""
+    loads = ((size, {k: (1.5 if k == tokens else 0.9, 0.01) for k in range(1, 6)}) for size, tokens in best.items())
+    return plan(*loads)

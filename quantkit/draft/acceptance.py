@@ -55,12 +55,14 @@ class Offline(NamedTuple):
     sampled: the draft proposes a token drawn at that temperature; the same as `greedy` at temperature 0.
     overlap: mean over positions of sum min(p, q); at 0 of whether both have the same most likely token.
     top: mean over positions of p at the draft's most likely token; at 0 the same as `overlap`.
+    positions: how many there are.
     """
 
     greedy: Acceptance
     sampled: Acceptance
     overlap: float
     top: float
+    positions: int
 
     def summary(self) -> dict[str, object]:
         """For manifests and reports."""
@@ -104,6 +106,30 @@ def total(parts: Sequence[Acceptance]) -> Acceptance:
     return Acceptance(
         drafts, sum(part.proposed for part in parts), accepted, [sum(column) for column in positions], error
     )
+
+
+def together(parts: Sequence[Offline]) -> Offline:
+    """What the logits say of several texts."""
+    positions = sum(part.positions for part in parts)
+    overlap, top = (
+        sum(getattr(part, name) * part.positions for part in parts) / positions for name in ("overlap", "top")
+    )
+    greedy, sampled = total([part.greedy for part in parts]), total([part.sampled for part in parts])
+    return Offline(greedy, sampled, overlap, top, positions)
+
+
+def gain(parts: Sequence[Acceptance], over: Sequence[Acceptance]) -> tuple[float, float]:
+    """How much longer the accepted length is than another draft's on the same texts, and its error.
+
+    The error is of the difference, text by text: what makes a text easy for both drafts is no part of it. Either length
+    is a ratio of sums, and a text's share in it what it adds to the numerator beyond its share (the delta method).
+    """
+    shares = []
+    for each in (parts, over):
+        whole = total(each)
+        shares.append([(part.accepted - (whole.length - 1) * part.drafts) / whole.drafts for part in each])
+    squares = sum((ours - theirs) ** 2 for ours, theirs in zip(*shares, strict=True))
+    return total(parts).length - total(over).length, (len(parts) / (len(parts) - 1) * squares) ** 0.5
 
 
 def chances(

@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,13 +62,14 @@ class Judged(NamedTuple):
 def train_draft(
     target_path: Path, *, settings: Draft, seed: int, out: Path, folder: Path, report: Report,
     quantize: Quantizer | None = None, train_head: HeadTrainer | None = None,
-    hand_out: ranks.HandOut = lambda order: None,
+    hand_out: ranks.HandOut = lambda order: None, cluster: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write a trained draft into `out` and return what its manifest says; `folder` keeps what a resumed run needs.
 
     quantize: makes the draft's own 4-bit weights; acceptance is measured again with them, and the better one is kept.
     train_head: trains a draft of the kind eagle3, which is none of a model's own and is not quantized.
     hand_out: tells the processes that torchrun started beside this one to train along.
+    cluster: address of a Ray cluster on which the target writes prompts and answers, instead of here.
 
     Raises:
         QuantkitError: a draft of another vocabulary, too few prompts, a path that vLLM would misread, no vLLM.
@@ -76,7 +78,8 @@ def train_draft(
     _check(target, settings, out)
     speaking = speaking_target(target, folder)
     with Session() as session:  # one process for all of vLLM's work: importing it takes longer than a job
-        texts = _texts(session, speaking, settings, seed, folder, report)
+        with Session(cluster=cluster) if cluster else nullcontext(session) as answering:
+            texts = _texts(answering, speaking, settings, seed, folder, report)
         taught = lessons(texts.training)
         if settings.kind == "eagle3":
             assert train_head is not None
@@ -154,7 +157,7 @@ def _with_head(
     trained, exchanges, facts_path = folder / "trained", folder / "exchanges.jsonl", folder / "head.json"
     if not facts_path.exists():
         conversations.save_exchanges(exchanges, taught)
-        artifacts.write_json(facts_path, train_head(_dense(target, folder), exchanges, trained))
+        artifacts.write_json(facts_path, train_head(dense_target(target, folder), exchanges, trained))
     facts: dict[str, Any] = json.loads(facts_path.read_bytes())
     judged = Judged({}, _counted(session, speaking, trained, texts.held_out, settings, seed, folder, report, "after"))
     plans = plan.plans(
@@ -171,7 +174,7 @@ def _with_head(
         "held_out_prompts": len(texts.held_out[0.0]),
         "tokens": sum(len(exchange.answer) for exchange in taught),  # an epoch, of prompts and answers
         "answer_temperatures": list(settings.temperatures),
-        "loss": settings.loss,
+        "loss": "forward_kl",  # the engine's; a draft model's own is not asked of it
         "speculative_tokens": settings.speculative_tokens,
         "target_weights": _weights(target, speaking),
         "acceptance": {"after": judged.summary()},
@@ -216,10 +219,10 @@ def speaking_target(target: Checkpoint, folder: Path) -> Path:
     vLLM's 4-bit CPU kernel is made for a few sequences at once: with 128 of them the dequantized weights in bfloat16
     finished prompts at about twice its rate.
     """
-    return _dense(target, folder) if vllm_environment.is_cpu_build() else target.path
+    return dense_target(target, folder) if vllm_environment.is_cpu_build() else target.path
 
 
-def _dense(target: Checkpoint, folder: Path) -> Path:
+def dense_target(target: Checkpoint, folder: Path) -> Path:
     """The target with dequantized weights: itself, or a copy."""
     if target.storage is None:
         return target.path
@@ -324,7 +327,7 @@ class _Judge:
         model = train.build_model(open_checkpoint(draft), dtype=torch.float32).eval()
         k = self.settings.speculative_tokens
         return {
-            heat: train.offline_acceptance(model, texts, self.said[heat], temperature=heat, k=k)
+            heat: acceptance.together(train.offline_acceptance(model, texts, self.said[heat], temperature=heat, k=k))
             for heat, texts in self.held_out.items()
         }
 

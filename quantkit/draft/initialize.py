@@ -6,12 +6,10 @@ from typing import Any
 
 import torch
 
-from quantkit import artifacts, decoder, tokens
+from quantkit import artifacts, tokens
 from quantkit.architecture import layer_prefix
 from quantkit.checkpoint import Checkpoint, copy_companions, write_weights
 from quantkit.errors import QuantkitError, raise_all
-from quantkit.hardware import compute_dtype
-from quantkit.progress import Report
 from quantkit.shards import held
 
 Tensors = dict[str, torch.Tensor]
@@ -22,35 +20,6 @@ def evenly_spaced(num_layers: int, keep: int) -> list[int]:
     if keep == 1:
         return [0]
     return [round(index * (num_layers - 1) / (keep - 1)) for index in range(keep)]
-
-
-def most_influential(
-    target: Checkpoint, texts: Sequence[list[int]], keep: int, *, device: str, report: Report
-) -> list[int]:
-    """The first layer and the `keep` - 1 others that turn the residual stream most, in their order.
-
-    A layer's influence is 1 - cos(what goes in, what comes out), the mean over the texts' tokens (ShortGPT, arXiv
-    2403.03853, equation 1). The first layer makes states of embeddings and is never left out.
-    """
-    arch = target.arch
-    width = max(map(len, texts))
-    known_BT = torch.tensor([[True] * len(text) + [False] * (width - len(text)) for text in texts])
-    ids_BT = torch.tensor([text + [0] * (width - len(text)) for text in texts])
-    compute = compute_dtype(device)
-    rotary = decoder.rotation(target.config, width, dtype=compute, device=device)
-    hidden_BTC = target.outer()["model.embed_tokens.weight"][ids_BT].to(device)
-    influence = []
-    with torch.no_grad():
-        for index in range(arch.num_layers):
-            report("weighing the target's layers", index, arch.num_layers)
-            weights = {name: tensor.to(device, compute) for name, tensor in target.layer(index).items()}
-            behind_BTC = decoder.layer(weights, arch, hidden_BTC, rotary)
-            alike_BT = torch.cosine_similarity(hidden_BTC, behind_BTC, dim=-1).cpu()
-            influence.append(1 - float(alike_BT[known_BT].mean()))
-            hidden_BTC = behind_BTC
-    report("weighing the target's layers", arch.num_layers, arch.num_layers)
-    others = sorted(range(1, arch.num_layers), key=lambda index: -influence[index])
-    return sorted([0, *others[: keep - 1]])
 
 
 def check_family(target: Checkpoint, draft: Checkpoint) -> None:

@@ -8,7 +8,6 @@ vLLM's draft first reads what the last step may have accepted, B (k + 2) tokens 
 token.
 """
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from math import sqrt
@@ -16,8 +15,9 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from quantkit import offline, vllm_environment
-from quantkit.architecture import linear_shapes, read_architecture
-from quantkit.checkpoint import Checkpoint, open_checkpoint
+from quantkit.capacity import machines, roofline
+from quantkit.capacity.roofline import Machine, Reads
+from quantkit.checkpoint import open_checkpoint
 from quantkit.draft.acceptance import Acceptance
 from quantkit.offline import Session
 from quantkit.progress import Report
@@ -44,18 +44,6 @@ SWEEPS: dict[Profile, Sweep] = {
     "cpu": Sweep((1, 8), (1, 4), context_tokens=32, steps=2),
     "gpu": Sweep((1, 4, 16, 64), (1, 4, 8), context_tokens=1024, steps=16),
 }
-
-
-class Machine(NamedTuple):
-    """What an estimate has to know of a machine."""
-
-    name: str
-    bytes_per_s: float
-    operations_per_s: float
-
-
-# Data sheet of the SXM module: HBM3, and bfloat16 without sparsity.
-ASSUMED_GPU = Machine("an H100", bytes_per_s=3.35e12, operations_per_s=989e12)
 
 
 class Measured(NamedTuple):
@@ -92,8 +80,8 @@ def plans(
         found[name] = [make(acceptance[name], costs)]
         if costs.profile == "cpu":
             draft = drafts[name]
-            read = reads(open_checkpoint(draft)) if method == "draft_model" else reads_of_head(draft)
-            on_gpu = estimate_costs(reads(open_checkpoint(target)), read, ASSUMED_GPU)
+            read = roofline.reads(draft) if method == "draft_model" else roofline.reads_of_head(draft)
+            on_gpu = estimate_costs(roofline.reads(target), read, machines.find(machines.ASSUMED).roof())
             found[name].append(make(acceptance[name], on_gpu))
     return found
 
@@ -210,58 +198,28 @@ def measure_costs(
     }  # fmt: skip
 
 
-class Reads(NamedTuple):
-    """What a pass of a model reads and computes: bytes of weights, operations a token, bytes of cache a token."""
-
-    weight_bytes: int
-    token_operations: int
-    cache_bytes: int
-
-
-def reads(checkpoint: Checkpoint, *, cache_element_bytes: int = 2) -> Reads:
-    """From a checkpoint as it is stored. An embedding that is no head too does not count: rows of it are read."""
-    arch = checkpoint.arch
-    stored = sum(shard.stat().st_size for shard in set(checkpoint.shards.values()))
-    if not arch.tied_embeddings:
-        name = "model.embed_tokens.weight"
-        stored -= checkpoint.read([name])[name].nbytes
-    linears = sum(rows * columns for rows, columns in linear_shapes(arch).values())
-    multiplied = arch.num_layers * linears + arch.vocab_size * arch.hidden_size
-    cache = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * cache_element_bytes
-    return Reads(stored, 2 * multiplied, cache)
-
-
-def reads_of_head(head: Path) -> Reads:
-    """Of an EAGLE-3 head, all of it 16 bits and multiplied: two bytes and two operations a weight."""
-    arch, _ = read_architecture(json.loads((head / "config.json").read_bytes())["transformer_layer_config"])
-    assert arch is not None, head
-    stored = sum(file.stat().st_size for file in head.glob("*.safetensors"))
-    return Reads(stored, stored, 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * 2)
-
-
 def estimate_costs(
     target: Reads, draft: Reads, machine: Machine, *, context_tokens: int = 1024,
     concurrencies: Sequence[int] = SWEEPS["gpu"].concurrencies, tokens: Sequence[int] = tuple(range(1, 9)),
 ) -> Costs:  # fmt: skip
-    """Seconds of steps on a GPU by the roofline: each pass takes what its bytes take, or its operations.
+    """Seconds of steps on a GPU by the roofline.
 
-    An estimate, and one in the draft's favour: nothing reaches its roof, small models least of all, as most of their
-    pass is the start of kernels; and vLLM 0.32 runs a separate draft without the CUDA graphs that spare its target
-    that. Attention's own operations are left out.
+    An estimate in the draft's favour: small models reach their roof least of all, and vLLM 0.32 runs a separate draft
+    without the CUDA graphs that spare its target the start of each kernel.
     """
 
-    def one_pass(model: Reads, rows: int, sequences: int) -> float:
-        moved = model.weight_bytes + sequences * context_tokens * model.cache_bytes
-        return max(moved / machine.bytes_per_s, rows * model.token_operations / machine.operations_per_s)
+    def plain_s(size: int) -> float:
+        return roofline.pass_s(target, machine, rows=size, sequences=size, context_tokens=context_tokens)
 
-    def step(size: int, k: int) -> float:
-        drafting = one_pass(draft, size * (k + 2), size) + (k - 1) * one_pass(draft, size, size)
-        return drafting + one_pass(target, size * (k + 1), size)
+    def step_s(size: int, k: int) -> float:
+        return roofline.speculative_step_s(
+            target, draft, machine, sequences=size, tokens=k, context_tokens=context_tokens
+        )
 
     return Costs(
         profile="gpu", origin="estimated", machine=machine.name, context_tokens=context_tokens,
-        plain={size: Measured(one_pass(target, size, size), 0.0) for size in concurrencies},
-        speculative={size: {k: Measured(step(size, k), 0.0) for k in tokens} for size in concurrencies},
+        plain={size: Measured(plain_s(size), 0.0) for size in concurrencies},
+        speculative={size: {k: Measured(step_s(size, k), 0.0) for k in tokens} for size in concurrencies},
     )  # fmt: skip
 
 

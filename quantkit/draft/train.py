@@ -1,7 +1,8 @@
 """Train a draft on what the target said: any of `losses.LOSSES`, mixed precision, resumable, on `accelerate`.
 
-One process, or those that torchrun or `accelerate launch` started (DDP, FSDP2): each takes its rows of every batch, and
-the loss is the mean over the tokens of the whole batch, so their number changes rounding and nothing else.
+One process, or those that torchrun or `accelerate launch` started (DDP; FSDP2, which accelerate has on GPUs alone, was
+not run yet): each takes its rows of every batch, and the loss is the mean over the tokens of the whole batch, so their
+number changes rounding and nothing else.
 """
 
 import math
@@ -166,23 +167,20 @@ class Order(NamedTuple):
 
 def offline_acceptance(
     draft: Any, texts: Sequence[Exchange], said: Teacher, *, temperature: float, k: int
-) -> Offline:  # fmt: skip
-    """What the draft's logits say of its acceptance on texts that the target wrote at that temperature."""
-    greedy, sampled, sums, count = [], [], {"overlap": 0.0, "top": 0.0}, 0
-    head_VC = said.head_VC.float()
+) -> list[Offline]:  # fmt: skip
+    """What the draft's logits say of its acceptance on each of these texts of the target at that temperature."""
+    found, head_VC = [], said.head_VC.float()
     for number, text in enumerate(texts):
         input_ids, spans = _pad([text])
         with torch.no_grad():
             hidden_NC = draft.model(input_ids=input_ids, use_cache=False).last_hidden_state[0, spans[0]]
             logits_NV = draft.get_output_embeddings()(hidden_NC).float()
             target_NV = teacher.logits(said.read([number]), head_VC, slice(None))
-            found = acceptance.chances(logits_NV, target_NV, torch.tensor(text.answer), temperature)
-        greedy.append(acceptance.simulate(found["greedy"].tolist(), k))
-        sampled.append(acceptance.simulate(found["sampled"].tolist(), k))
-        sums = {name: value + float(found[name].sum()) for name, value in sums.items()}
-        count += len(text.answer)
-    means = {name: value / count for name, value in sums.items()}
-    return Offline(acceptance.total(greedy), acceptance.total(sampled), means["overlap"], means["top"])
+            chances = acceptance.chances(logits_NV, target_NV, torch.tensor(text.answer), temperature)
+        greedy, sampled = (acceptance.simulate(chances[how].tolist(), k) for how in ("greedy", "sampled"))
+        overlap, top = (float(chances[how].mean()) for how in ("overlap", "top"))
+        found.append(Offline(greedy, sampled, overlap, top, len(text.answer)))
+    return found
 
 
 class _Progress:

@@ -66,6 +66,7 @@ class HeadJob(AnyJob):
     learning_rate: float  # peak
     warmup: float  # fraction of the steps
     speculative_tokens: int
+    draft_vocab_size: int  # tokens that the head can propose
 
 
 class AnyResult(_Message):

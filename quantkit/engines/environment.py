@@ -36,8 +36,7 @@ def folder(name: str) -> Path:
 
 def cache() -> Path:
     """`engines` in $QUANTKIT_CACHE, else in the user's cache."""
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("QUANTKIT_CACHE") or caches / "quantkit").resolve() / "engines"
+    return artifacts.cache("engines")
 
 
 def python(name: str) -> Path:

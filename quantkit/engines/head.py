@@ -79,6 +79,8 @@ def problems(
         ours, theirs = getattr(arch, field), getattr(target.arch, field)
         if ours != theirs:
             found.append(f"{field} is {ours}, the target's is {theirs}")
+    if found:
+        return found  # transformers refuses a config that contradicts itself
     before, after = (
         decoder.rotation(each, _POSITIONS, dtype=torch.float32, device="cpu") for each in (target.config, layer)
     )

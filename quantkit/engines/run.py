@@ -56,7 +56,7 @@ def train_head(
         checkpoint=str(target.path.resolve()), exchanges=str(exchanges.resolve()), method=settings.kind, seed=seed,
         device=device, threads=contract.threads(), out=str(job_folder / "made"), layers=layers, epochs=settings.epochs,
         batch_size=settings.batch_size, learning_rate=settings.learning_rate, warmup=settings.warmup,
-        speculative_tokens=settings.speculative_tokens,
+        speculative_tokens=settings.speculative_tokens, draft_vocab_size=settings.draft_vocab_size,
     )  # fmt: skip
     ran = _run(name, job, job_folder, contract.HeadResult, report)
     head.take_over(job_folder / "made", out, target=target, layers=layers, name=name)

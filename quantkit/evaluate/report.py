@@ -1,124 +1,236 @@
-"""The evaluation as numbers (report.json) and as a page that people look at (report.html)."""
+"""One evaluation: the reference and its candidates over the same tokens, the gates, and the report of it."""
 
-import io
-from collections.abc import Mapping, Sequence
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from quantkit import artifacts, tokens
+from quantkit import __version__, artifacts, conversations, provenance, tokens, vllm_environment
 from quantkit.checkpoint import Checkpoint, open_checkpoint
-from quantkit.errors import QuantkitError
-from quantkit.evaluate import divergence, perplexity
-from quantkit.evaluate.gates import Gate
-from quantkit.progress import Report
-from quantkit.recipe import Evaluate
+from quantkit.evaluate import cache, divergence, gates, measures, page, pair, perplexity, served, tasks, windows
+from quantkit.evaluate.divergence import States
+from quantkit.evaluate.windows import Windows
+from quantkit.offline import Session
+from quantkit.progress import LINE, Report
+from quantkit.recipe import Evaluate, Limits
 
-_BATCH = 2  # windows a forward pass
-_SHARED = 0.01  # of the held-out text's 32-token runs may also stand in the calibration text by chance
+_KEPT = 8  # of a reference's passes, the latest
+_AUTO_CHATS = "self:32"
+
+
+class Candidate(NamedTuple):
+    """A checkpoint to judge, and what is known of it from elsewhere."""
+
+    name: str
+    path: Path
+    calibrated_on: list[str]
+    linears: list[dict[str, Any]]  # of its manifest: name, relative_error
+
+
+Acceptance = Callable[[Session, Candidate], dict[str, Any] | None]  # of a draft before the candidate
 
 
 def evaluate(
-    candidate_path: Path, reference_path: Path, *, settings: Evaluate, seed: int, calibrated_on: Sequence[str],
-    note: str, out: Path, folder: Path, device: str, report: Report,
+    candidates: Sequence[Candidate], reference_path: Path, *, settings: Evaluate, limits: Limits,
+    acceptance: Acceptance, seed: int, note: str, out: Path, folder: Path, device: str, report: Report,
 ) -> dict[str, Any]:  # fmt: skip
-    """Score the candidate against the reference, write report.json and report.html into `out`, return the numbers.
+    """Score the candidates against the reference, write report.json, report.html and report.md, return the numbers.
 
     Raises:
         QuantkitError: candidate and reference do not belong together, or the text is too short or was calibrated on.
     """
+    begin_s = time.monotonic()
     reference = open_checkpoint(reference_path, quantized=False)
-    candidate = open_checkpoint(candidate_path)
-    _check_pair(reference, candidate)
+    opened = {each.name: open_checkpoint(each.path) for each in candidates}
+    digests = {each.path: artifacts.digest(each.path) for each in (reference, *opened.values())}  # once: bytes are read
+    for candidate in opened.values():
+        pair.check(reference, candidate, base=digests[reference.path])
+    if settings.served or settings.tasks:
+        served.check_cache(settings.kv_cache)
     tokenizer = tokens.load_tokenizer(reference_path)
-    windows = tokens.tokenize(settings.text, tokenizer, samples=settings.samples, length=settings.length, seed=seed)
-    _refuse_leak(calibrated_on, windows, tokenizer, seed)
-    scores = divergence.compare(
-        reference, candidate, windows, device=device, batch_size=_BATCH, folder=folder, report=report
-    )
-    results = summarize(scores, settings.max_perplexity_drift) | {
-        "text": list(settings.text), "window_tokens": settings.length, "adds_bos": windows.adds_bos, "note": note,
-        "candidate": str(candidate_path.name), "reference": str(reference_path.name),
+    with Session() as session:
+        sets, left_out = _sets(reference, tokenizer, session, settings, seed=seed, folder=folder, report=report)
+        for each in candidates:
+            pair.refuse_leak(each.calibrated_on, sets["text"], tokenizer)
+        scorer = _Scorer(reference, digests[reference.path], sets, settings, session, folder, device, report)
+        found = []
+        for each in candidates:
+            checkpoint = opened[each.name]
+            known = _identity(checkpoint, reference, digests[checkpoint.path]) | {
+                "name": each.name, "path": str(each.path), "linears": each.linears, "tasks": [],
+                "acceptance": acceptance(session, each),
+            }  # fmt: skip
+            found += [known | scorer.judge(checkpoint, each.name, kept) for kept in settings.kv_cache]
+    if settings.tasks:
+        answered = tasks.run(
+            reference_path, {str(number): Path(one["path"]) for number, one in enumerate(found)}, settings.tasks,
+            folder=folder / "tasks", limit=settings.task_limit, seed=seed, report=report,
+            kv_caches={str(number): one["kv_cache"] for number, one in enumerate(found)},
+        )  # fmt: skip
+        found = [one | {"tasks": answered[str(number)]} for number, one in enumerate(found)]
+    verdicts = [gate for one in found for gate in gates.judge(one, limits)]
+    results: dict[str, Any] = {
+        "verdict": gates.overall(verdicts),
+        "profile": settings.profile,
+        "gates": [gate.summary() for gate in verdicts],
+        "note": " ".join(part for part in (note, left_out) if part),
+        "reference": _identity(reference, reference, digests[reference.path]),
+        "sets": {name: _told(each, settings, name) for name, each in sets.items()},
+        "candidates": found,
+        "made": {
+            "command": provenance.command(), "quantkit": __version__, "device": device, "seed": seed,
+            "machine": str(provenance.machine()["processor"]), "date": datetime.now(UTC).date().isoformat(),
+            "seconds": round(time.monotonic() - begin_s, 1),
+        },
     }  # fmt: skip
     artifacts.write_json(out / "report.json", results)
-    artifacts.write_text(out / "report.html", page(results, scores))
-    return results
+    as_read: dict[str, Any] = json.loads((out / "report.json").read_bytes())
+    artifacts.write_text(out / "report.html", page.html(as_read))
+    artifacts.write_text(out / "report.md", page.markdown(as_read))
+    return as_read
 
 
-def summarize(scores: divergence.Scores, max_perplexity_drift: float) -> dict[str, Any]:
-    """The numbers of a report, with their standard errors over sequences, and the gates' verdicts."""
-    found = perplexity.drift(scores.reference_nll_ST, scores.candidate_nll_ST)
-    kl, kl_error = perplexity.mean_and_error(scores.kl_ST)
-    agreement, agreement_error = perplexity.mean_and_error(scores.same_top1_ST.double())
-    gates = [Gate("perplexity drift", found.drift, max_perplexity_drift)]
+def _sets(
+    reference: Checkpoint, tokenizer: Any, session: Session, settings: Evaluate, *, seed: int, folder: Path,
+    report: Report,
+) -> tuple[dict[str, Windows], str]:  # fmt: skip
+    """The windows of each set of text, and what is said where one was left out."""
+    if settings.samples == "all":
+        stride = settings.stride or settings.length
+        found = {"text": windows.of_documents(settings.text, tokenizer, length=settings.length, stride=stride)}
+    else:
+        drawn = tokens.tokenize(settings.text, tokenizer, samples=settings.samples, length=settings.length, seed=seed)
+        found = {"text": windows.of_passages(drawn)}
+    if settings.long_length is not None:
+        drawn = tokens.tokenize(
+            settings.text, tokenizer, samples=settings.long_samples, length=settings.long_length, seed=seed
+        )
+        found["long text"] = windows.of_passages(drawn)
+    source = None if settings.chat == "no" else settings.chat
+    left_out = ""
+    if source == "auto":
+        lacks = (
+            "the reference has no chat template" if not getattr(tokenizer, "chat_template", None)
+            else "vLLM is not installed" if vllm_environment.distribution() is None else None
+        )  # fmt: skip
+        source = None if lacks else _AUTO_CHATS
+        left_out = f"Chat was not scored: {lacks}." if lacks else ""
+    if left_out:
+        report(left_out, 0, LINE)
+    if source is not None:
+        speaks = folder / "chat"
+        asked = conversations.prompts(
+            session, source, reference.path, longest=settings.chat_tokens, seed=seed, folder=speaks, report=report,
+            held_out=0,
+        )  # fmt: skip
+        said = conversations.answers(
+            session, reference.path, asked, longest=settings.chat_tokens, seed=seed, folder=speaks / "answers",
+            report=report, temperatures=(1.0,), what="the reference answers",
+        )  # fmt: skip
+        found["chat"] = windows.of_exchanges(said)
+    return found, left_out
+
+
+class _Scorer:
+    """What the reference made of the windows, read once, and each candidate beside it."""
+
+    def __init__(
+        self, reference: Checkpoint, digest: str, sets: Mapping[str, Windows], settings: Evaluate, session: Session,
+        folder: Path, device: str, report: Report,
+    ) -> None:  # fmt: skip
+        self.reference, self.sets, self.settings = reference, sets, settings
+        self.session, self.folder, self.device, self.report = session, folder, device, report
+        kept = artifacts.cache("evaluate")
+        self.states = {}
+        for name, each in sets.items():
+            path = kept / f"{divergence.name_of(digest, each, device)}.safetensors"
+            self.states[name] = self._read(reference, name, path, "the reference")
+        _forget_old(kept)
+        self.served: dict[str, Tensor] = {}
+        if settings.served:
+            self.served = {name: self._nll(reference, name, "auto", "reference") for name in sets}
+
+    def _read(self, checkpoint: Checkpoint, name: str, path: Path, who: str, kept: str = cache.PLAIN) -> States:
+        what = f"{who} reads {name}{'' if kept == cache.PLAIN else f', {kept} KV cache'}, layer"
+        return divergence.read(
+            checkpoint, self.sets[name], path, device=self.device, what=what, report=self.report,
+            cache=cache.reader(checkpoint, kept),
+        )  # fmt: skip
+
+    def _candidate(self, candidate: Checkpoint, kind: str, name: str, kept: str) -> States:
+        """The candidate's states of a set, with a cache of that type; they are computed once."""
+        path = self.folder / f"{name.replace('/', '-')}-{kept}-{kind}.safetensors"
+        return self._read(candidate, kind, path, name, kept)
+
+    def _nll(self, checkpoint: Checkpoint, name: str, kept: str, who: str) -> Tensor:
+        return served.nll(
+            self.session, checkpoint.path, self.sets[name], context=checkpoint.config.get("max_position_embeddings"),
+            kv_cache=kept, folder=self.folder / "served" / f"{who.replace('/', '-')}-{kept}-{name}", report=self.report,
+            what=f"vLLM reads {name} ({who}), window",
+        )  # fmt: skip
+
+    def judge(self, candidate: Checkpoint, name: str, kept: str) -> dict[str, Any]:
+        """The candidate's part of the report, its KV cache kept in the type of that name."""
+        on: dict[str, Any] = {}
+        through: dict[str, Any] = {}
+        layers: list[float] = []
+        real = cache.resolved(candidate, kept)
+        unasked = served.not_kept(real) if self.settings.served else None
+        read = {kind: self._candidate(candidate, kind, name, real) for kind in self.sets}
+        for kind, each in self.sets.items():
+            states = (self.states[kind], read[kind])
+            scores = divergence.compare(self.reference, candidate, states, each, device=self.device, report=self.report)
+            layers = layers or divergence.by_layer(*states)
+            on[kind] = measures.summarize(scores)
+            if self.settings.served and not unasked:
+                nll = self._nll(candidate, kind, kept, name)
+                through[kind] = {
+                    "perplexity": perplexity.perplexity(nll), "sequences": on[kind]["sequences"],
+                    "drift": perplexity.drift(self.served[kind], nll, scores.sequence_N).summary(),
+                    "gap_nats": perplexity.mean(nll - scores.candidate_nll_N, scores.sequence_N).summary(),
+                }  # fmt: skip
+        return {
+            "kv_cache": kept, "on": on, "by_layer": layers, "served": through or None, "not_served": unasked,
+            "cache": self._cost(candidate, name, real, read) if cache.reader(candidate, real) else None,
+        }  # fmt: skip
+
+    def _cost(self, candidate: Checkpoint, name: str, kept: str, read: Mapping[str, States]) -> dict[str, Any]:
+        """What the cache adds to what the weights cost."""
+        plain = {kind: self._candidate(candidate, kind, name, cache.PLAIN) for kind in self.sets}
+        scores = divergence.compare(
+            self.reference, candidate, (self.states["text"], plain["text"]), self.sets["text"], device=self.device,
+            report=self.report,
+        )  # fmt: skip
+        return cache.cost(
+            candidate, kept, {kind: (plain[kind], read[kind]) for kind in self.sets}, self.sets,
+            weights_kl=float(scores.kl_N.double().mean()), folder=self.folder, device=self.device, report=self.report,
+        )  # fmt: skip
+
+
+def _identity(checkpoint: Checkpoint, reference: Checkpoint, digest: str) -> dict[str, Any]:
+    size = sum(shard.stat().st_size for shard in set(checkpoint.shards.values()))
+    weights = sum(torch.Size(entry.shape).numel() for entry in reference.dense_entries(dtype=torch.float16))
     return {
-        "perplexity": {"reference": found.reference, "candidate": found.candidate},
-        "drift": {"value": found.drift, "standard_error": found.drift_standard_error},
-        "kl_nats": {
-            "mean": kl, "standard_error": kl_error,
-            "median": float(scores.kl_ST.double().median()), "p99": float(scores.kl_ST.double().quantile(0.99)),
-        },
-        "top1_agreement": {"value": agreement, "standard_error": agreement_error},
-        "scored_tokens": found.scored_tokens,
-        "sequences": found.sequences,
-        "gates": [
-            {"name": g.name, "value": g.value, "limit": g.limit, "passed": g.passed, "sentence": g.sentence()}
-            for g in gates
-        ],
+        "name": checkpoint.path.name, "digest": f"sha256:{digest}", "bytes": size,
+        "bits_per_weight": round(8 * size / weights, 3),
     }  # fmt: skip
 
 
-def _check_pair(reference: Checkpoint, candidate: Checkpoint) -> None:
-    if reference.arch._replace(tied_embeddings=True) != candidate.arch._replace(tied_embeddings=True):
-        raise QuantkitError(
-            f"{candidate.path} was not made from {reference.path}: their configs differ in size or kind; "
-            "give the checkpoint that was quantized as --reference"
-        )
+def _told(each: Windows, settings: Evaluate, name: str) -> dict[str, Any]:
+    sources = list(settings.text) if name != "chat" else ["answers that the reference wrote at temperature 1"]
+    return {
+        "sources": sources, "sequences": len(each.sequence_S.unique()), "scored_tokens": int(each.scored_ST.sum()),
+        "window_tokens": each.input_ids_ST.shape[1], "stride": each.stride, "adds_bos": each.adds_bos,
+    }  # fmt: skip
 
 
-def _refuse_leak(calibrated_on: Sequence[str], windows: tokens.TokenSet, tokenizer: Any, seed: int) -> None:
-    """Refuse held-out text whose words, not only whose name, were calibrated on."""
-    for source in calibrated_on:
-        if source.startswith(("hf:", "self:")):
-            continue  # known by name; reading the whole of it again would cost more than the evaluation
-        shared = tokens.shared_spans(tokens.whole(source, tokenizer), windows)
-        if shared > _SHARED:
-            raise QuantkitError(
-                f"{shared:.0%} of the held-out text also stands in the calibration text {source!r}: "
-                "the drift would be flattered; evaluate on another text"
-            )
-
-
-def page(results: Mapping[str, Any], scores: divergence.Scores) -> str:
-    """The report as one self-contained HTML page."""
-    from jinja2 import Environment, PackageLoader, select_autoescape
-
-    environment = Environment(loader=PackageLoader("quantkit.evaluate", "."), autoescape=select_autoescape())
-    return environment.get_template("report.html.j2").render(r=results, plot=_plot(scores))
-
-
-def _plot(scores: divergence.Scores) -> str:
-    """Two pictures side by side as inline SVG: drift of each sequence, KL by position."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    drifts = ((scores.candidate_nll_ST - scores.reference_nll_ST).double().mean(-1).exp() - 1) * 100
-    kl_T = scores.kl_ST.double().mean(0)
-    bins = [part.mean() for part in torch.tensor_split(kl_T, min(32, len(kl_T)))]
-    edges = [int(part[0]) for part in torch.tensor_split(torch.arange(1, len(kl_T) + 1), len(bins))]
-    with pyplot.rc_context({"svg.hashsalt": "quantkit", "svg.fonttype": "none", "font.size": 9}):
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
-        left.bar(range(1, len(drifts) + 1), sorted(drifts.tolist()), color="#3b6ea5")
-        left.set(xlabel="held-out sequence, sorted", ylabel="perplexity drift, %")
-        right.plot(edges, bins, color="#a5513b")
-        right.set(xlabel="position in the window, tokens", ylabel="KL(FP16 || quantized), nats", ylim=(0, None))
-        for axis in (left, right):
-            axis.spines[["top", "right"]].set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        pyplot.close(figure)
-    svg = buffer.getvalue()
-    return svg[svg.index("<svg") :]
+def _forget_old(cache: Path) -> None:
+    """Keep a reference's latest passes only: each is as large as the text in the model's hidden size."""
+    kept = sorted(cache.glob("*.safetensors"), key=lambda path: path.stat().st_mtime, reverse=True)
+    for path in kept[_KEPT:]:
+        path.unlink(missing_ok=True)

@@ -16,12 +16,13 @@ from quantkit import decoder, formats, ranks
 from quantkit.architecture import INPUT_GROUPS, Architecture
 from quantkit.decoder import Rotation
 from quantkit.formats import Grid, QuantizedWeight, Storage
-from quantkit.quantize import states
+from quantkit.quantize import kv_scales, states
 from quantkit.quantize.awq import awq, search_scale
 from quantkit.quantize.drift import target_weight
 from quantkit.quantize.fisher import Curvature
 from quantkit.quantize.gptq import gptq
 from quantkit.quantize.gram import add_gram, mirror, shrunk, usual_shrinkage
+from quantkit.quantize.kv_scales import KvNote, KvSettings, Seen
 from quantkit.quantize.schemes import Override
 from quantkit.quantize.smooth import smoothing_scale
 
@@ -62,6 +63,7 @@ class Settings(NamedTuple):
     bit_choices: tuple[int, ...] | None = None  # what `bits: auto` may give; None: all that the format stores
     ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits (`schemes`)
     overrides: tuple[Override, ...] = ()  # of bits, group size and symmetry, by pattern
+    kv_cache: KvSettings | None = None  # how scales of an FP8 KV cache are chosen; None: none are
 
     @classmethod
     def of(cls, *, effort: str, **given: Any) -> "Settings":
@@ -147,6 +149,8 @@ class Layer:
         self.weights = dict(original)  # float32; a linear's weight is replaced by its dequantized one
         self.quantized: dict[str, QuantizedWeight] = {}
         self.notes: list[LinearNote] = []
+        self.kv_scales: dict[str, Tensor] = {}  # of the KV cache, by their name in the layer
+        self.kv_notes: list[KvNote] = []
         compute = {name: tensor.to(self.dtype) for name, tensor in original.items()}
         self.run = Run(compute, hidden["quantized"])
         self.reference = Run(dict(compute), hidden["original"]) if "original" in hidden else None
@@ -154,19 +158,19 @@ class Layer:
     def quantize(self) -> None:
         """Go through the layer once."""
         qkv, o, gate_up, down = INPUT_GROUPS
-        arch = self.arch
+        arch, scaled = self.arch, self.settings.method != "gptq"
         self._quantize_group(
             qkv, lambda run, part: decoder.attention_input(run.weights, arch, self._part(run.hidden_STC, part)),
             producer="input_layernorm",
         )  # fmt: skip
         self._attend(self.reference)
-        self._attend(self.run)
+        self._attend(self.run, calibrate=not scaled)
         self._quantize_group(
             o, lambda run, part: self._part(run.context_STD, part), producer="self_attn.v_proj",
             residual=lambda run, part: self._part(run.hidden_STC, part),
         )  # fmt: skip
-        if self.settings.method != "gptq":
-            self._attend(self.run)  # v_proj took in o_proj's scale
+        if scaled:
+            self._attend(self.run, calibrate=True)  # v_proj took in o_proj's scale
         self._add_attention(self.reference)
         self._add_attention(self.run)
         self._quantize_group(
@@ -207,15 +211,25 @@ class Layer:
             run.inner_STF[part] = inner
         return inner
 
-    def _attend(self, run: Run | None) -> None:
+    def _attend(self, run: Run | None, *, calibrate: bool = False) -> None:
+        """calibrate: keys and values are those that will be served, and scales are chosen for them if asked for."""
         if run is None:
             return
+        tokens = run.hidden_STC.shape[0] * run.hidden_STC.shape[1]
+        seen = Seen(tokens, self.arch.num_kv_heads) if calibrate and self.settings.kv_cache else None
         if run.context_STD is None:
             width = self.arch.num_heads * self.arch.head_dim
             run.context_STD = self._scratch(run, "context", width, self.dtype)
         for part in self._parts():
             x_BTC = decoder.attention_input(run.weights, self.arch, self._part(run.hidden_STC, part))
-            run.context_STD[part] = decoder.attention(run.weights, self.arch, x_BTC, self.rotary).cpu()
+            context = decoder.attention(run.weights, self.arch, x_BTC, self.rotary, seen.look if seen else None)
+            run.context_STD[part] = context.cpu()
+        if seen is not None and self.settings.kv_cache is not None:
+            ranks.sum_up(seen.counts, tokens)
+            ranks.take_largest(seen.largest)
+            self.kv_scales, self.kv_notes = kv_scales.choose(seen, self.settings.kv_cache)
+            if self.settings.kv_cache.strategy == "attn_head":  # vLLM takes the largest of the query heads of a group
+                self.kv_scales["q_scale"] = self.kv_scales["q_scale"].repeat_interleave(self.arch.kv_group)
 
     def _add_attention(self, run: Run | None) -> None:
         if run is None:

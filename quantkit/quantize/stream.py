@@ -24,12 +24,14 @@ from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight, Storages
 from quantkit.progress import LINE, Report, silent
 from quantkit.quantize import allocate, fisher, schemes, states
+from quantkit.quantize.kv_scales import KvNote
 from quantkit.quantize.layer import Layer, LinearNote, Settings
 from quantkit.quantize.schemes import Override
 from quantkit.shards import Entry
 from quantkit.tokens import TokenSet
 
 _ALLOCATION = "allocation.json"  # what `bits: auto` chose
+_KV_NOTES = "kv_cache"  # in the metadata of a layer's file
 
 
 def check_settings(checkpoint: Checkpoint, settings: Settings) -> list[str]:
@@ -275,6 +277,7 @@ def write_checkpoint(checkpoint: Checkpoint, settings: Settings, *, folder: Path
         "quantization_config": quantization_config.build(
             settings.format, bits=settings.bits, group_size=settings.group_size, symmetric=settings.symmetric,
             ignore=["lm_head"], special=storages(checkpoint.arch, settings).special,
+            kv_strategy=settings.kv_cache.strategy if settings.kv_cache else None,
         ),
     }  # fmt: skip
     config.pop("torch_dtype", None)  # the old spelling of dtype
@@ -314,7 +317,9 @@ def _store(path: Path, layer: Layer) -> None:
     for name, tensor in layer.weights.items():
         if name.removesuffix(".weight") not in layer.quantized:
             tensors[name] = half(tensor, name).cpu()
+    tensors |= {f"self_attn.{name}": scale for name, scale in layer.kv_scales.items()}
     notes = {note.linear: ",".join(str(value) for value in note[1:]) for note in layer.notes}
+    notes[_KV_NOTES] = json.dumps([note._asdict() for note in layer.kv_notes])
     save_tensors(path, dict(sorted(tensors.items())), metadata=notes)
 
 
@@ -328,6 +333,15 @@ def _read_notes(folder: Path, index: int) -> list[LinearNote]:
         kept = None if gain == "None" else float(gain)
         notes.append(LinearNote(layer_prefix(index) + linear, float(error), int(dead), float(damping), kept))
     return notes
+
+
+def kv_notes(folder: Path, num_layers: int) -> list[list[KvNote]]:
+    """What became of each finished layer's KV cache, in the order of the layers; empty lists where none was asked."""
+    found = []
+    for index in range(num_layers):
+        with safe_open(layer_file(folder, index), framework="pt") as handle:
+            found.append([KvNote(**note) for note in json.loads(handle.metadata().get(_KV_NOTES, "[]"))])
+    return found
 
 
 def _on_cpu(quantized: QuantizedWeight) -> QuantizedWeight:

@@ -5,12 +5,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import jinja2
+import yaml
 from tokenizers import Tokenizer
 
 from quantkit import artifacts, provenance
+from quantkit.capacity import sizing
 from quantkit.errors import QuantkitError, raise_all
-from quantkit.serve import picture, sizing
+from quantkit.kv_scheme import KINDS, has_kv_scheme, kv_scale_problems
+from quantkit.serve import (
+    asking,
+    compose,
+    kubernetes,
+    observability,
+    picture,
+    provenance_files,
+    ray_serve,
+    rendering,
+)
 from quantkit.serve import settings as flags
 from quantkit.serve.settings import CONFIG_FILES, DRAFT_DIR, TARGET_DIR, ServeSettings
 from quantkit.speculation import PLACES, RESULTS_KEY, STANDARD_ERRORS, Decision, Plan, Profile, drafted
@@ -20,6 +31,9 @@ REPORT_DIR = "report"
 PICTURE = "speculation.svg"
 BUNDLE_JSON = "bundle.json"
 SUMS_NAME = "SHA256SUMS"
+
+# What else is written, each from the settings and bundle.json, and checked by itself.
+ROOMS = (asking, compose, observability, kubernetes, ray_serve, provenance_files)
 
 # Formats that run code when they are loaded. vLLM would read none of them, but the next tool might.
 _CODE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".py")
@@ -72,6 +86,7 @@ def build(
         settings = settings.model_copy(update={"speculative_method": kind})
     if report:
         _carry_report(report, work.out / REPORT_DIR)
+    carried = artifacts.record_files(work.out)
     for profile in CONFIG_FILES:
         path = work.out / CONFIG_FILES[profile]
         path.parent.mkdir(exist_ok=True)
@@ -82,21 +97,20 @@ def build(
         "speculation": {
             "decisions": {profile: decision._asdict() for profile, decision in (decisions or {}).items()},
             "plans": {profile: plan.model_dump(mode="json") for profile, plan in plans.items()},
-        }
+        },
+        "files": {name: found.model_dump() for name, found in carried.items()},
     }
+    for room in ROOMS:
+        for name, text in room.files(settings, record).items():
+            (work.out / name).parent.mkdir(parents=True, exist_ok=True)
+            artifacts.write_text(work.out / name, text)
     artifacts.write_json(work.out / BUNDLE_JSON, record)
     artifacts.write_text(work.out / "README.md", render_readme(record, settings, plans))
-    artifacts.write_text(work.out / SUMS_NAME, sums_text(work.out))
+    artifacts.write_text(work.out / SUMS_NAME, sums_text(work.out, carried))
     work.results.update(
         measured=record["measured"], warnings=record["warnings"],
         speculation={profile: decision.why for profile, decision in (decisions or {}).items()},
     )  # fmt: skip
-
-
-def templates() -> Path:
-    """The folder of bundle templates: inside the package when it is installed, `serve/` in a checkout."""
-    packaged = Path(__file__).parent / "templates"
-    return packaged if packaged.is_dir() else Path(__file__).parents[2] / "serve"
 
 
 def checkpoint_problems(checkpoint: Path, role: str) -> list[str]:
@@ -117,7 +131,8 @@ def checkpoint_problems(checkpoint: Path, role: str) -> list[str]:
     try:
         config = sizing.read_config(checkpoint)
         sizing.weight_bytes(checkpoint)
-        found += _scale_problems(checkpoint, role, config)
+        names = [name for path in sizing.safetensors_files(checkpoint) for name in sizing.tensor_shapes(path)]
+        found += [f"{role} {problem}" for problem in kv_scale_problems(config, names)]
     except QuantkitError as error:
         found.append(f"{role}: {error}")
     for file in ("config.json", "tokenizer_config.json"):
@@ -150,25 +165,23 @@ def tokenizer_problems(target: Path, draft: Path) -> list[str]:
     ]
 
 
-def sums_text(bundle: Path) -> str:
-    """SHA256SUMS of a bundle, as `sha256sum -c` reads it; the manifest, written after it, is not in it."""
-    records = artifacts.record_files(bundle)
+def sums_text(bundle: Path, known: Mapping[str, artifacts.FileRecord]) -> str:
+    """SHA256SUMS of a bundle, as `sha256sum -c` reads it; the manifest, written after it, is not in it.
+
+    known: files that need not be read again.
+    """
+    records = artifacts.record_files(bundle, known)
     return "".join(f"{record.sha256}  {name}\n" for name, record in sorted(records.items()) if name != SUMS_NAME)
 
 
 def render_readme(record: Mapping[str, Any], settings: ServeSettings, plans: Mapping[Profile, Plan]) -> str:
     """The bundle's README.md."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(templates()),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
     measured = {stage: list(_flat(results)) for stage, results in record["measured"].items()}
-    return environment.get_template("bundle_readme.md.j2").render(
-        bundle=record, settings=settings, configs=CONFIG_FILES, measured={k: v for k, v in measured.items() if v},
-        plans=plans, places=PLACES, errors=STANDARD_ERRORS, drafted=drafted,
+    return rendering.render(
+        "bundle_readme.md.j2", bundle=record, settings=settings, configs=CONFIG_FILES,
+        measured={k: v for k, v in measured.items() if v}, plans=plans, places=PLACES, errors=STANDARD_ERRORS,
+        drafted=drafted, cluster=kubernetes.names_of(settings), nodes=kubernetes.nodes(settings),
+        vllm_floor=compose.VLLM_FLOOR,
     )  # fmt: skip
 
 
@@ -187,25 +200,6 @@ def _all_problems(target: Path, draft: Path | None, report: Path | None, setting
     if draft and "min_p" in _json(target / "generation_config.json"):
         found.append("target generation_config.json sets min_p, which vLLM rejects with a draft: remove it there")
     return found
-
-
-def _scale_problems(checkpoint: Path, role: str, config: Mapping[str, Any]) -> list[str]:
-    """KV scales that the config promises and the files lack: vLLM would take 1.0 without a word."""
-    if not (config.get("quantization_config") or {}).get("kv_cache_scheme"):
-        return []
-    names = {name for path in sizing.safetensors_files(checkpoint) for name in sizing.tensor_shapes(path)}
-    missing = [
-        f"layers.{layer}.{kind}"
-        for layer in range(int(config["num_hidden_layers"]))
-        for kind in ("k_scale", "v_scale")
-        if not any(f".layers.{layer}.self_attn." in name and name.endswith(kind) for name in names)
-    ]
-    if not missing:
-        return []
-    return [
-        f"{role} config.json has a kv_cache_scheme but {len(missing)} scales are missing ({missing[0]}, ...): "
-        "calibrate the KV cache, or remove the scheme"
-    ]
 
 
 def _carry_checkpoint(source: Path, destination: Path) -> list[str]:
@@ -250,19 +244,26 @@ def _record(
     config = sizing.read_config(target)
     draft_config = sizing.read_config(draft) if draft else None
     warnings = flags.warnings(settings, config, draft_config)
-    if not (target / "chat_template.jinja").is_file() and not _json(target / "tokenizer_config.json").get(
-        "chat_template"
-    ):
+    if not has_chat_template(target):
         warnings.append("The target has no chat template: ask /v1/completions, as /v1/chat/completions answers 400.")
     draft_manifest = manifests.get(DRAFT_DIR)
     trained_for = draft_manifest.inputs.get("target") if draft_manifest else None
+    target_manifest, judged = manifests[TARGET_DIR], manifests.get(REPORT_DIR)
     if trained_for and trained_for != digests[TARGET_DIR]:
         warnings.append("The draft was trained for another target: expect a lower acceptance than was measured then.")
+    if judged and digests[TARGET_DIR] not in judged.inputs.values():
+        warnings.append("The report judges another checkpoint than this target: it says nothing of this bundle.")
     return {
         "format": 1,
         "digests": digests,
         "inputs": {name: manifest.inputs for name, manifest in manifests.items() if manifest},
-        "pin": {"target": digests[TARGET_DIR], "draft": digests.get(DRAFT_DIR), "draft_trained_for": trained_for},
+        "stages": {name: _stage_record(manifest) for name, manifest in manifests.items() if manifest},
+        "pin": {
+            "base": target_manifest.inputs.get("checkpoint") if target_manifest else None,
+            "target": digests[TARGET_DIR],
+            "draft": digests.get(DRAFT_DIR),
+            "draft_trained_for": trained_for,
+        },
         "architecture": {key: config[key] for key in _ARCHITECTURE if key in config},
         "quantization_config": config.get("quantization_config"),
         "draft_quantization_config": (draft_config or {}).get("quantization_config"),
@@ -282,6 +283,17 @@ def _record(
     }
 
 
+_COMMANDS = {"quantized": "quantkit quantize", "draft": "quantkit train-draft", "report": "quantkit eval"}
+
+
+def _stage_record(manifest: artifacts.Manifest) -> dict[str, Any]:
+    """How a part of the bundle was made: the command, all its settings (seed, digests of texts), with what, where."""
+    return {
+        "command": _COMMANDS.get(manifest.kind, "quantkit"), "settings": manifest.settings,
+        "versions": manifest.versions, "machine": manifest.machine, "finished": manifest.finished,
+    }  # fmt: skip
+
+
 _ARCHITECTURE = ("architectures", "num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads",
                  "head_dim", "vocab_size", "max_position_embeddings")  # fmt: skip
 
@@ -292,15 +304,28 @@ def _kv_record(
     """Bytes of KV cache a token and a full sequence take on one rank of the GPU profile."""
     dtype = sizing.kv_dtype(target_config, settings.kv_cache_dtype, settings.dtype)
     per_token = {
-        role: sizing.kv_bytes_per_token(config, dtype, settings.tensor_parallel_size)
+        role: sizing.kv_bytes_per_token(
+            config, dtype, settings.tensor_parallel_size, skip_layers=settings.kv_cache_dtype_skip_layers
+        )
         for role, config in (("target", target_config), ("draft", draft_config))
         if config is not None
     }
     return {
         "dtype": dtype,
+        "scales": _scales(settings, dtype, target_config),
+        "layers_at_16_bits": list(settings.kv_cache_dtype_skip_layers),
         "bytes_per_token": per_token,
         "bytes_per_sequence": sum(per_token.values()) * settings.max_model_len,
     }
+
+
+def _scales(settings: ServeSettings, dtype: str, config: Mapping[str, Any]) -> str | None:
+    """Where an FP8 cache's scales come from."""
+    if not KINDS[dtype].scales:
+        return None
+    if has_kv_scheme(config):
+        return "calibrated, of the checkpoint"
+    return "1.0, uncalibrated as asked for" if settings.uncalibrated_kv_cache else "1.0, uncalibrated"
 
 
 def _files(directory: Path) -> list[Path]:
@@ -358,6 +383,21 @@ def read_bundle(bundle: Path) -> dict[str, Any]:
     if not record:
         raise QuantkitError(f"{bundle} holds no {BUNDLE_JSON}: give a folder that `quantkit serve bundle` wrote")
     return record
+
+
+def has_chat_template(checkpoint: Path) -> bool:
+    """Whether a checkpoint directory brings a chat template, in either of the places that vLLM looks in."""
+    own = (checkpoint / "chat_template.jinja").is_file()
+    return own or bool(_json(checkpoint / "tokenizer_config.json").get("chat_template"))
+
+
+def read_flags(bundle: Path, profile: Profile) -> dict[str, Any]:
+    """The vLLM settings of one profile, by flag.
+
+    Raises:
+        QuantkitError: the folder holds none.
+    """
+    return dict(yaml.safe_load(config_path(bundle, profile).read_text(encoding="utf-8")) or {})
 
 
 def config_path(bundle: Path, profile: Profile) -> Path:

@@ -6,34 +6,29 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict
 
 from quantkit import artifacts, vllm_environment
+from quantkit.capacity import sizing
 from quantkit.errors import QuantkitError
 from quantkit.serve import bundle as bundles
-from quantkit.serve import sizing
-from quantkit.serve.settings import CONFIG_FILES, DRAFT_DIR, PATH_TRAPS, TARGET_DIR
+from quantkit.serve import kv_scales, launch, signing
+from quantkit.serve.settings import CONFIG_FILES, DRAFT_DIR, PATH_TRAPS, TARGET_DIR, ServeSettings
+from quantkit.serve.verdict import Check, of_problems
 from quantkit.speculation import Profile
 
 _PARSE_TIMEOUT_S = 1200  # half a minute as a rule; importing vLLM takes minutes from a cold, busy disk
 
 
-class Check(BaseModel):
-    """One question, whether the answer is good, and what was seen. What could not be asked has not passed."""
+def check(bundle: Path, *, ask_vllm: bool = True, start: bool = False, public_key: Path | None = None) -> list[Check]:
+    """Check a bundle; without starting a server half a minute where vLLM is installed, else a second or so.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    name: str
-    passed: bool
-    detail: str
-
-
-def check(bundle: Path, *, ask_vllm: bool = True) -> list[Check]:
-    """Check a bundle without starting a server; takes half a minute where vLLM is installed, else a second or so.
-
-    `ask_vllm` has vLLM's own parser look at the flags; whoever starts the server anyway may leave it out.
+    `ask_vllm` has vLLM's own parser look at the flags; whoever starts the server anyway may leave it out. `start` has
+    the server loaded and ended again, to read back the KV scales that it divides by. `public_key` is whose signature it
+    must carry.
 
     Raises:
         QuantkitError: the folder is no bundle at all.
@@ -42,17 +37,31 @@ def check(bundle: Path, *, ask_vllm: bool = True) -> list[Check]:
     draft = bundle / DRAFT_DIR if (bundle / DRAFT_DIR).is_dir() else None
     checks = [
         _check_sums(bundle),
-        _of_problems("target safe and complete", bundles.checkpoint_problems(bundle / TARGET_DIR, "target")),
+        of_problems("target safe and complete", bundles.checkpoint_problems(bundle / TARGET_DIR, "target")),
         *_draft_checks(bundle, draft, record),
         _check_record(bundle, record),
         _check_paths(bundle, draft is not None),
+        *(one for room in bundles.ROOMS for one in room.checks(bundle)),
+        *signing.checks(bundle, public_key),
     ]
     if not ask_vllm:
         return checks
     if not all(one.passed for one in checks):
         detail = "not run: mend what is wrong above first"
         return [*checks, *(Check(name=name, passed=False, detail=detail) for name in _vllm_names().values())]
-    return [*checks, *_vllm_checks(bundle)]
+    checks += _vllm_checks(bundle)
+    return [*checks, _started(bundle, record)] if start and all(one.passed for one in checks) else checks
+
+
+def _started(bundle: Path, record: dict[str, Any]) -> Check:
+    settings = ServeSettings.of(record["settings"])
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "server.log"
+        try:
+            with launch.serving(bundle, log=log) as server:
+                return kv_scales.check(bundle, server.told, log, settings=settings, profile=server.profile)
+        except QuantkitError as error:
+            return Check(name="the server starts", passed=False, detail=str(error))
 
 
 def _vllm_names() -> dict[str, str]:
@@ -71,11 +80,12 @@ def _check_sums(bundle: Path) -> Check:
         if not separator or len(sha256) != 64:
             return Check(name=name, passed=False, detail=f"{line!r} is not a line of sha256sum")
         listed[file] = sha256
-    found = {file: record.sha256 for file, record in artifacts.record_files(bundle).items() if file != name}
+    apart = (name, signing.SIGNATURE)  # made after the list
+    found = {file: record.sha256 for file, record in artifacts.record_files(bundle).items() if file not in apart}
     problems = [f"{file} is missing" for file in sorted(listed.keys() - found.keys())]
     problems += [f"{file} is not listed" for file in sorted(found.keys() - listed.keys())]
     problems += [f"{file} has changed" for file in sorted(listed.keys() & found.keys()) if listed[file] != found[file]]
-    return _of_problems(name, problems, good=f"{len(listed)} files unchanged")
+    return of_problems(name, problems, good=f"{len(listed)} files unchanged")
 
 
 def _draft_checks(bundle: Path, draft: Path | None, record: dict[str, Any]) -> Iterator[Check]:
@@ -85,7 +95,7 @@ def _draft_checks(bundle: Path, draft: Path | None, record: dict[str, Any]) -> I
         yield Check(name="draft safe and complete", passed=not promised, detail=detail)
         return
     target = bundle / TARGET_DIR
-    yield _of_problems("draft safe and complete", bundles.checkpoint_problems(draft, "draft"))
+    yield of_problems("draft safe and complete", bundles.checkpoint_problems(draft, "draft"))
     try:
         sizes = [sizing.read_config(checkpoint).get("vocab_size") for checkpoint in (target, draft)]
         problems = bundles.tokenizer_problems(target, draft)
@@ -94,7 +104,7 @@ def _draft_checks(bundle: Path, draft: Path | None, record: dict[str, Any]) -> I
         return
     if sizes[0] != sizes[1]:
         problems.append(f"vocab_size differs: target {sizes[0]}, draft {sizes[1]}")
-    yield _of_problems("draft fits target", problems, good=f"same tokenizer, vocab_size {sizes[0]}")
+    yield of_problems("draft fits target", problems, good=f"same tokenizer, vocab_size {sizes[0]}")
 
 
 def _check_record(bundle: Path, record: dict[str, Any]) -> Check:
@@ -111,7 +121,7 @@ def _check_record(bundle: Path, record: dict[str, Any]) -> Check:
         if config.get("quantization_config") != record[key]:
             problems.append(f"{key} differs from {role}/config.json")
     good = "no quantization" if not record["quantization_config"] else record["quantization_config"].get("quant_method")
-    return _of_problems("bundle.json agrees with the checkpoints", problems, good=str(good))
+    return of_problems("bundle.json agrees with the checkpoints", problems, good=str(good))
 
 
 def _check_paths(bundle: Path, has_draft: bool) -> Check:
@@ -139,11 +149,16 @@ def _check_paths(bundle: Path, has_draft: bool) -> Check:
                 problems.append(f"{file}: model {model} must be a folder inside the bundle")
             problems += [f"{file}: model {model} holds {trap!r}" for trap in PATH_TRAPS if trap in model.lower()]
         problems += [f"{file}: {key} is dropped by vLLM: write dashes" for key in flags if "_" in key]
+        problems += [
+            f"{file}: {key}: false is dropped by vllm serve: write no-{key}: true"
+            for key, value in flags.items()
+            if value is False
+        ]
         if "quantization" in flags:
             problems.append(f"{file}: quantization must be left to the checkpoint")
     if has_draft and not used:
         problems.append(f"the folder {DRAFT_DIR} is there and no settings file has a speculative-config")
-    return _of_problems("settings files", problems, good="relative paths, no trap")
+    return of_problems("settings files", problems, good="relative paths, no trap")
 
 
 def _vllm_checks(bundle: Path) -> list[Check]:
@@ -184,7 +199,3 @@ def _accepted(name: str, error: str | None, engine: str, build: Profile, file: s
     if build == "gpu" and file == CONFIG_FILES["cpu"]:
         detail += "; by a CUDA build, so not by the CPU backend it is meant for"
     return Check(name=name, passed=True, detail=detail)
-
-
-def _of_problems(name: str, problems: list[str], *, good: str = "nothing to complain of") -> Check:
-    return Check(name=name, passed=not problems, detail="; ".join(problems) or good)

@@ -19,9 +19,9 @@ import httpx
 from quantkit import processes, vllm_environment
 from quantkit.errors import QuantkitError
 from quantkit.serve import bundle as bundles
-from quantkit.serve import processor
-from quantkit.serve.settings import CONFIG_FILES
+from quantkit.serve import kv_scales, processor
 from quantkit.speculation import Profile
+from quantkit.vllm_plugin import SCALES_VARIABLE
 
 Progress = Callable[[float, str], None]
 
@@ -30,12 +30,14 @@ class Server(NamedTuple):
     """A running vLLM: where it answers, its process (leader of its own group), its profile and its log.
 
     substitutes: what this processor cannot do of the profile, and what is done instead.
+    told: the folder where its processes wrote which KV scales they loaded (`kv_scales`).
     """
 
     base_url: str
     pid: int
     profile: Profile
     log: Path
+    told: Path
     substitutes: tuple[str, ...] = ()
 
 
@@ -58,19 +60,33 @@ def resolve_profile(profile: Literal["auto", "gpu", "cpu"]) -> Profile:
     return profile
 
 
+class Settings(NamedTuple):
+    """A vLLM settings file, the folder that its relative paths are of, and what is added to the command line."""
+
+    file: Path
+    folder: Path
+    profile: Profile
+    substitutes: tuple[processor.Substitute, ...] = ()
+
+
+def settings_of(bundle: Path, profile: Literal["auto", "gpu", "cpu"]) -> Settings:
+    """A bundle's own settings for this machine.
+
+    Raises:
+        QuantkitError: the folder is no bundle, or vLLM here cannot do the profile.
+    """
+    chosen = resolve_profile(profile)
+    path = bundles.config_path(bundle, chosen)
+    return Settings(path, bundle, chosen, tuple(processor.substitutes(bundle)) if chosen == "cpu" else ())
+
+
 @contextmanager
 def serving(
-    bundle: Path,
-    *,
-    profile: Literal["auto", "gpu", "cpu"] = "auto",
-    port: int | None = None,
-    log: Path,
-    start_timeout_s: float = 900,
-    stop_timeout_s: float = 30,
-    drain_timeout_s: int = 0,
+    bundle: Path, *, profile: Literal["auto", "gpu", "cpu"] = "auto", port: int | None = None, log: Path,
+    start_timeout_s: float = 900, stop_timeout_s: float = 30, drain_timeout_s: int = 0,
     on_wait: Progress | None = None,
-) -> Iterator[Server]:
-    """Run the bundle's server for the length of the block, on 127.0.0.1.
+) -> Iterator[Server]:  # fmt: skip
+    """Run the bundle's server for the length of the block, on 127.0.0.1; what it loaded of KV scales is written down.
 
     Args:
         port: the port to use; a free one by default.
@@ -84,21 +100,51 @@ def serving(
     Raises:
         QuantkitError: it cannot start (the last telling line of its log is in the message), or the port is taken.
     """
-    chosen = resolve_profile(profile)
-    bundles.config_path(bundle, chosen)
-    instead = processor.substitutes(bundle) if chosen == "cpu" else []
+    settings = settings_of(bundle, profile)
     for attempt in (1, 2, 3):
-        number = port if port is not None else _free_port()
-        if not _port_is_free(number):
-            raise QuantkitError(f"port {number} on 127.0.0.1 is taken: give another --port, or none to have one chosen")
-        overrides = ["--host", "127.0.0.1", "--port", str(number), "--shutdown-timeout", str(drain_timeout_s)]
-        overrides += [flag for one in instead for flag in one.flags]
-        process = _start(bundle, chosen, log, overrides)
-        server = Server(f"http://127.0.0.1:{number}", process.pid, chosen, log, tuple(one.said for one in instead))
-        with _ended_on_exit(process, drain_timeout_s + stop_timeout_s):
-            if _wait_until_healthy(server, process, start_timeout_s, on_wait, retry=port is None and attempt < 3):
-                yield server
+        with started(
+            settings, port=port, log=log, stop_timeout_s=stop_timeout_s, drain_timeout_s=drain_timeout_s
+        ) as starting:
+            if starting.wait(start_timeout_s, on_wait, retry=port is None and attempt < 3):
+                yield starting.server
                 return
+
+
+class Starting(NamedTuple):
+    """A server that was started; whether it answers yet is to be waited for."""
+
+    server: Server
+    process: "subprocess.Popen[bytes]"
+
+    def wait(self, timeout_s: float = 900, on_wait: Progress | None = None, *, retry: bool = False) -> bool:
+        """Wait until it answers /health; False where another process took its port first and `retry` allows it.
+
+        Raises:
+            QuantkitError: it ended, or does not answer in time.
+        """
+        return _wait_until_healthy(self.server, self.process, timeout_s, on_wait, retry=retry)
+
+
+@contextmanager
+def started(
+    settings: Settings, *, port: int | None = None, log: Path, stop_timeout_s: float = 30, drain_timeout_s: int = 0
+) -> Iterator[Starting]:
+    """A server that begins to start and is ended with the block, so that several can start side by side.
+
+    Raises:
+        QuantkitError: the port is taken.
+    """
+    number = port if port is not None else _free_port()
+    if not _port_is_free(number):
+        raise QuantkitError(f"port {number} on 127.0.0.1 is taken: give another --port, or none to have one chosen")
+    overrides = ["--host", "127.0.0.1", "--port", str(number), "--shutdown-timeout", str(drain_timeout_s)]
+    overrides += [flag for one in settings.substitutes for flag in one.flags]
+    with kv_scales.told() as told:
+        process = _start(settings, log, overrides, told)
+        said = tuple(one.said for one in settings.substitutes)
+        server = Server(f"http://127.0.0.1:{number}", process.pid, settings.profile, log, told, said)
+        with _ended_on_exit(process, drain_timeout_s + stop_timeout_s):
+            yield Starting(server, process)
 
 
 def foreground(
@@ -125,7 +171,7 @@ def foreground(
         return
 
 
-def _start(bundle: Path, profile: Profile, log: Path, extra: list[str]) -> "subprocess.Popen[bytes]":
+def _start(settings: Settings, log: Path, extra: list[str], told: Path) -> "subprocess.Popen[bytes]":
     """Start vLLM in a session of its own, so that its whole family can be ended and Ctrl-C does not reach it first."""
     log.parent.mkdir(parents=True, exist_ok=True)
     # The very entry point behind `vllm serve`; the command itself may belong to another environment on PATH. -P keeps
@@ -137,13 +183,13 @@ def _start(bundle: Path, profile: Profile, log: Path, extra: list[str]) -> "subp
         "vllm.entrypoints.cli.main",
         "serve",
         "--config",
-        CONFIG_FILES[profile],
+        str(settings.file.resolve()),
         *extra,
     ]
-    env = vllm_environment.process_environment(on_cpu=profile == "cpu")
+    env = vllm_environment.process_environment(on_cpu=settings.profile == "cpu") | {SCALES_VARIABLE: str(told)}
     with log.open("wb") as stream:
         return subprocess.Popen(
-            command, cwd=bundle, env=env, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
+            command, cwd=settings.folder, env=env, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
             start_new_session=True,
         )  # fmt: skip
 

@@ -1,23 +1,23 @@
 """The vLLM flags of a bundle, typed, and the two files they become: `serve.yaml` for GPUs, `serve.cpu.yaml` for CPUs.
 
-Read off vLLM 0.32.0. Keys are written with dashes only: vLLM drops `enable_prefix_caching: false` without a word, as it
-looks up `--no-` plus the key as it stands.
+Read off vLLM 0.32.0. Keys are written with dashes only, and what is off is written as `no-enable-prefix-caching: true`:
+`vllm serve --config` drops `enable-prefix-caching: false` without a word, as it looks for the option among those of the
+program and not of its command.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from quantkit import speculation
+from quantkit.capacity import sizing
 from quantkit.errors import QuantkitError
+from quantkit.kv_scheme import KvCacheType, has_kv_scheme
 from quantkit.recipe import Serve
-from quantkit.serve import sizing
 from quantkit.speculation import Decision, Plan, Profile
-
-KvCacheDtype = Literal["auto", "float16", "bfloat16", "fp8", "fp8_e4m3", "fp8_e5m2", "int8_per_token_head"]
 
 TARGET_DIR = "target"
 DRAFT_DIR = "draft"
@@ -42,7 +42,8 @@ class ServeSettings(BaseModel):
 
     `block_size`, `kv_cache_memory_bytes`, `cpu_dtype` (None: as `dtype`) and `cpu_num_speculative_tokens` (None: as
     `num_speculative_tokens`, 0: no speculation) are for the CPU file alone, `gpu_memory_utilization` and
-    `tensor_parallel_size` for the GPU file.
+    `tensor_parallel_size` for the GPU file. `replicas` and `router` are for compose.yaml, the limits for its alerts,
+    `replicas` and `gpus_per_node` for k8s/.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,9 +55,13 @@ class ServeSettings(BaseModel):
     speculative_method: Literal["draft_model", "eagle3"] = "draft_model"  # a bundle takes it from its draft
     num_speculative_tokens: int | None = Field(default=None, ge=0)  # 0: a draft, but not for the GPU file
     cpu_num_speculative_tokens: int | None = Field(default=None, ge=0)
+    # (first, last, tokens) by number of sequences; of the profile in which it was measured
+    speculative_schedule: dict[Profile, tuple[tuple[int, int, int], ...]] = {}
     dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
     cpu_dtype: Literal["auto", "float16", "bfloat16", "float32"] | None = None
-    kv_cache_dtype: KvCacheDtype = "auto"
+    kv_cache_dtype: KvCacheType = "auto"
+    kv_cache_dtype_skip_layers: tuple[int, ...] = ()  # left in 16 bits
+    uncalibrated_kv_cache: bool = False  # no flag: an FP8 cache at scale 1.0 was asked for, knowingly
     enable_prefix_caching: bool = True
     tensor_parallel_size: int = Field(default=1, gt=0)
     gpu_memory_utilization: float = Field(default=0.92, gt=0, le=1)
@@ -72,6 +77,11 @@ class ServeSettings(BaseModel):
     prefix_caching_hash_algo: Literal["sha256", "sha256_cbor"] = "sha256"
     disable_fastapi_docs: bool = True
     disable_access_log_for_endpoints: str = "/health,/metrics"
+    replicas: int = Field(default=2, gt=0)
+    router: Literal["least_load", "cache_aware"] = "least_load"
+    ttft_limit_s: float = Field(default=2.0, gt=0)
+    itl_limit_s: float = Field(default=0.2, gt=0)
+    gpus_per_node: int = Field(default=8, gt=0)
 
     @field_validator("block_size")
     @classmethod
@@ -116,6 +126,9 @@ def problems(
         found.append(
             f"num_speculative_tokens {settings.num_speculative_tokens} without a draft: give a draft, or leave it out"
         )
+    ranks, node = settings.tensor_parallel_size, settings.gpus_per_node
+    if ranks > node and ranks % node:
+        found.append(f"tensor_parallel_size {ranks} takes no whole number of nodes of {node} GPUs: mend gpus_per_node")
     if settings.max_num_batched_tokens < settings.max_num_seqs:
         found.append(
             f"max_num_batched_tokens {settings.max_num_batched_tokens} is below max_num_seqs {settings.max_num_seqs}: "
@@ -133,7 +146,29 @@ def problems(
             )
         if quantization.get("kv_cache_scheme") and settings.kv_cache_dtype == "fp8_e5m2":
             found.append(f"kv_cache_dtype fp8_e5m2: the {role} carries e4m3 scales for its KV cache: use auto or fp8")
+    return found + _cache_problems(settings, target_config)
+
+
+def _cache_problems(settings: ServeSettings, target_config: Mapping[str, Any]) -> list[str]:
+    found = []
+    scaled = settings.kv_cache_dtype in ("fp8", "fp8_e4m3")
+    if scaled and not has_kv_scheme(target_config) and not settings.uncalibrated_kv_cache:
+        found.append(
+            f"kv_cache_dtype {settings.kv_cache_dtype}: {_why_bare(target_config)}, and vLLM would take 1.0 for every "
+            "scale: quantize with kv_cache fp8 in the format compressed-tensors, or say that this is meant with "
+            "uncalibrated_kv_cache"
+        )
+    layers = int(target_config.get("num_hidden_layers") or 0)
+    if beyond := [index for index in settings.kv_cache_dtype_skip_layers if layers and index >= layers]:
+        found.append(f"kv_cache_skip_layers {beyond}: the target has layers 0 to {layers - 1}")
     return found
+
+
+def _why_bare(config: Mapping[str, Any]) -> str:
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method in ("awq", "gptq"):
+        return f"a checkpoint in {method} format cannot carry scales for it"
+    return "the target carries no scales for it"
 
 
 def warnings(
@@ -141,15 +176,10 @@ def warnings(
 ) -> list[str]:
     """What works but should be known by whoever runs the bundle; one line each, for its README and bundle.json."""
     lines = []
-    scheme = _kv_scheme(target_config)
-    method = (target_config.get("quantization_config") or {}).get("quant_method")
-    if settings.kv_cache_dtype.startswith("fp8") and not scheme:
-        why = (
-            f"a checkpoint in {method} format cannot carry them; compressed-tensors can"
-            if method in ("awq", "gptq")
-            else "the checkpoint carries none"
-        )
-        lines.append(f"kv-cache-dtype {settings.kv_cache_dtype} runs with uncalibrated scales of 1.0: {why}.")
+    scheme = has_kv_scheme(target_config)
+    if settings.kv_cache_dtype.startswith("fp8") and not scheme and settings.kv_cache_dtype != "fp8_per_token_head":
+        said = f"kv-cache-dtype {settings.kv_cache_dtype} runs with uncalibrated scales of 1.0"
+        lines.append(f"{said}: {_why_bare(target_config)}.")
     if scheme and settings.kv_cache_dtype in ("float16", "bfloat16"):
         lines.append(
             f"kv-cache-dtype {settings.kv_cache_dtype} overrides the FP8 cache that the checkpoint has scales for."
@@ -161,7 +191,7 @@ def warnings(
                 f"The draft knows {limit} positions and max-model-len is {settings.max_model_len}: beyond {limit} "
                 "tokens nothing is gained by speculation."
             )
-        if scheme and not _kv_scheme(draft_config):
+        if scheme and not has_kv_scheme(draft_config):
             lines.append("The draft shares the target's FP8 KV cache type but carries no scales: its own are 1.0.")
     if settings.host not in ("127.0.0.1", "localhost", "::1"):
         lines.append(
@@ -179,7 +209,7 @@ def to_yaml(settings: ServeSettings, profile: Profile, *, sources: Mapping[str, 
             Written as a comment on each flag.
     """
     has_draft = settings.draft_tokens(profile) > 0
-    flags = _flags(settings, profile, has_draft)
+    flags = [spelled(name, value, field) for name, field, value in _flags(settings, profile, has_draft)]
     width = max(len(f"{name}: {_scalar(value)}") for name, _, value in flags)
     lines = [*_heading(profile), f"model: {TARGET_DIR}"]
     for name, field, value in flags:
@@ -193,6 +223,26 @@ def to_yaml(settings: ServeSettings, profile: Profile, *, sources: Mapping[str, 
         lines += ["", "# Left out or changed against vllm/serve.yaml, because the CPU backend cannot do it:"]
         lines += [f"# - {line}" for line in _left_out(settings, has_draft)]
     return "\n".join(lines) + "\n"
+
+
+# Of the server before the engine: for whoever starts the engine in a server of their own they mean nothing.
+_OF_THE_SERVER = ("served_model_name", "host", "port", "max_num_queued_reqs", "shutdown_timeout",
+                  "disable_fastapi_docs", "disable_access_log_for_endpoints")  # fmt: skip
+
+
+def engine_arguments(settings: ServeSettings, profile: Profile) -> dict[str, Any]:
+    """The flags of one profile as arguments of vLLM's engine, the draft as in the file: relative to the bundle."""
+    has_draft = settings.draft_tokens(profile) > 0
+    named = {name.replace("-", "_"): value for name, _, value in _flags(settings, profile, has_draft)}
+    arguments = {name: value for name, value in named.items() if name not in _OF_THE_SERVER}
+    if has_draft:
+        arguments["speculative_config"] = {name: value for name, value, _ in _speculation(settings, profile, {})}
+    return arguments
+
+
+def spelled(name: str, value: object, field: str = "") -> tuple[str, str, object]:
+    """(flag, where it comes from, value) as the file must have it for `vllm serve` to see it."""
+    return (f"no-{name}", field, True) if value is False else (name, field, value)
 
 
 def _heading(profile: Profile) -> list[str]:
@@ -213,9 +263,12 @@ def _flags(settings: ServeSettings, profile: Profile, has_draft: bool) -> list[t
     if settings.max_num_queued_reqs is not None:
         names.append("max_num_queued_reqs")
     names += ["block_size", "kv_cache_memory_bytes"] if on_cpu else ["tensor_parallel_size", "gpu_memory_utilization"]
-    names += ["kv_cache_dtype", "enable_prefix_caching", "prefix_caching_hash_algo", "max_logprobs",
+    names += ["kv_cache_dtype", *(["kv_cache_dtype_skip_layers"] if settings.kv_cache_dtype_skip_layers else []),
+              "enable_prefix_caching", "prefix_caching_hash_algo", "max_logprobs",
               "shutdown_timeout", "disable_fastapi_docs", "disable_access_log_for_endpoints"]  # fmt: skip
     values: dict[str, object] = {name: getattr(settings, name) for name in names}
+    if settings.kv_cache_dtype_skip_layers:  # words, as some of them may be kinds of layers
+        values["kv_cache_dtype_skip_layers"] = [str(index) for index in settings.kv_cache_dtype_skip_layers]
     flags = [(name.replace("_", "-"), name, value) for name, value in values.items()]
     if not on_cpu:
         return flags
@@ -239,6 +292,9 @@ def _speculation(
         ("model", DRAFT_DIR, "relative on purpose: vLLM guesses another method from some words in a path"),
         ("num_speculative_tokens", settings.draft_tokens(profile), _source_of_tokens(settings, profile, sources)),
     ]
+    if schedule := settings.speculative_schedule.get(profile):
+        ranges: object = [list(one) for one in schedule]
+        lines.append(("num_speculative_tokens_per_batch_size", ranges, "the plan: [from, to, tokens] by sequences"))
     if profile == "gpu" and settings.tensor_parallel_size > 1:
         # Configuration would let 1 pass and the workers then refuse it at start-up.
         lines.append(("draft_tensor_parallel_size", settings.tensor_parallel_size, "must equal the target's"))
@@ -260,8 +316,8 @@ def _left_out(settings: ServeSettings, has_draft: bool) -> list[str]:
         + (" (draft_tensor_parallel_size likewise)." if has_draft else "."),
         "CUDA graphs and torch.compile: enforce-eager.",
         "async-scheduling: the CPU backend switches it off.",
-        "x86 without AVX-512: no 4-bit kernel and no FP8 cache in vLLM's CPU build; `quantkit serve up` runs the "
-        "dequantized weights in float32 and a bfloat16 cache instead, and says so.",
+        "x86 without AVX-512: no 4-bit kernel, no FP8 cache, no 16-bit products in vLLM's CPU build; `quantkit "
+        "serve up` runs the dequantized weights and the cache in float32 instead, and says so.",
     ]
     if settings.cpu_dtype is not None:
         lines.append(f"dtype {settings.dtype}: {settings.cpu_dtype} here, by the setting cpu_dtype.")
@@ -287,10 +343,6 @@ def _left_out(settings: ServeSettings, has_draft: bool) -> list[str]:
             "temperatures); override-generation-config makes greedy the default, so do not ask for more than 0."
         )
     return lines
-
-
-def _kv_scheme(config: Mapping[str, Any]) -> object:
-    return (config.get("quantization_config") or {}).get("kv_cache_scheme")
 
 
 def _speculation_problems(
@@ -322,7 +374,12 @@ def _scalar(value: object) -> str:
 
 
 def from_recipe(
-    recipe: Serve, target: Path, *, plans: Mapping[Profile, Plan] | None
+    recipe: Serve,
+    target: Path,
+    *,
+    plans: Mapping[Profile, Plan] | None,
+    left_at_16_bits: Sequence[int] = (),
+    method: Literal["draft_model", "eagle3"] = "draft_model",
 ) -> tuple[ServeSettings, dict[str, str], dict[Profile, Decision]]:
     """The flags of a recipe's `serve` section for a target, where each value came from, and what of speculation.
 
@@ -330,16 +387,22 @@ def from_recipe(
     own limit. The CPU profile runs in bfloat16, for which processors have fast kernels and for float16 not.
 
     plans: the draft's, by kind of machine; None where there is no draft, and so nothing to decide.
+    left_at_16_bits: the layers whose KV cache the evaluation would leave so.
+    method: the draft's. Of eagle3 vLLM takes another number of tokens for each number of sequences.
     """
     config = sizing.read_config(target)
     limit = int(config.get("max_position_embeddings") or 2048)
     elsewhere = {"speculate", "speculative_tokens", "prefix_caching", "served_model_name", "max_model_len"}
+    elsewhere |= {"kv_cache_skip_layers"}
     values = recipe.model_dump(exclude=elsewhere)
     values["enable_prefix_caching"] = recipe.prefix_caching
     values["served_model_name"] = recipe.served_model_name or target.resolve().name
     values["max_model_len"] = recipe.max_model_len or limit
     values["cpu_dtype"] = "bfloat16"
     sources = dict.fromkeys(values, "recipe") | {"cpu_dtype": "the processor's fast type"}
+    left = recipe.kv_cache_skip_layers
+    values["kv_cache_dtype_skip_layers"] = tuple(left_at_16_bits) if left == "auto" else left
+    sources["kv_cache_dtype_skip_layers"] = "the evaluation" if left == "auto" else "recipe"
     if recipe.max_model_len is None:
         sources["max_model_len"] = "the model's own limit"
     if recipe.served_model_name is None:
@@ -348,9 +411,16 @@ def from_recipe(
     if plans is not None:
         asked = recipe.speculative_tokens
         for profile, name in _TOKENS_OF.items():
+            plan = plans.get(profile)
+            if method == "eagle3" and plan and asked is None and recipe.speculate == "auto":
+                schedule = speculation.schedule(plan, max_num_seqs=recipe.max_num_seqs)
+                if schedule:
+                    values.setdefault("speculative_schedule", {})[profile] = tuple(schedule)
+                    sources["speculative_schedule"] = "the plan"
             decisions[profile] = speculation.decide(
-                recipe.speculate, plans.get(profile), max_num_seqs=recipe.max_num_seqs, tokens=asked
-            )
+                recipe.speculate, plan, max_num_seqs=recipe.max_num_seqs, tokens=asked,
+                by_load="speculative_schedule" in values and profile in values["speculative_schedule"],
+            )  # fmt: skip
             values[name] = decisions[profile].tokens
             sources[name] = "recipe" if asked else "the draft's plan" if profile in plans else "default"
     return ServeSettings.of(values), sources, decisions

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantkit.draft.acceptance import chances, simulate, total
+from quantkit.draft.acceptance import Acceptance, chances, gain, simulate, total
 
 
 def _slow(matches: list[bool], k: int) -> tuple[int, int]:
@@ -103,3 +103,22 @@ def test_at_temperature_zero_all_is_whether_the_most_likely_token_agrees() -> No
     draft, target = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]]), torch.tensor([[0.0, 1.0, 0.5], [0.0, 1.0, 0.0]])
     found = chances(draft, target, target.argmax(-1), 0)
     assert {name: values.tolist() for name, values in found.items()} == {name: [1.0, 0.0] for name in found}
+
+
+def test_a_gain_is_known_better_than_either_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+
+    def texts(lift: float, easy: torch.Tensor) -> list[Acceptance]:
+        return [simulate((torch.rand(90, generator=generator) < ease + lift).tolist(), 4) for ease in easy.tolist()]
+
+    def drawn() -> tuple[list[Acceptance], list[Acceptance]]:
+        easy = 0.2 + 0.6 * torch.rand(40, generator=generator)  # what makes both drafts better at a text
+        return texts(0.05, easy), texts(0.0, easy)
+
+    ours, theirs = drawn()
+    found, error = gain(ours, theirs)
+    assert found == pytest.approx(total(ours).length - total(theirs).length)
+    assert error < 0.7 * (total(ours).error ** 2 + total(theirs).error ** 2) ** 0.5
+    spread = torch.tensor([gain(*drawn())[0] for _ in range(200)]).std()
+    assert error == pytest.approx(float(spread), rel=0.35)
+    assert gain(ours, ours) == (0, 0)

@@ -9,10 +9,11 @@ import pytest
 
 from quantkit import progress
 from quantkit.architecture import Architecture, linear_shapes, read_architecture
-from quantkit.checkpoint import open_checkpoint
+from quantkit.capacity import roofline
+from quantkit.capacity.roofline import Machine, Reads
 from quantkit.draft import plan
 from quantkit.draft.acceptance import Acceptance
-from quantkit.draft.plan import Costs, Machine, Measured, Reads, Sweep
+from quantkit.draft.plan import Costs, Measured, Sweep
 from quantkit.offline import Session
 
 RATES = (0.8, 0.7, 0.75, 0.6)  # of each position, given that those before it were accepted; the last goes on for ever
@@ -172,7 +173,7 @@ def test_the_estimate_falls_with_concurrency_where_operations_count() -> None:
 
 
 def test_a_checkpoint_is_read_as_it_is_stored(tiny_llama: Path) -> None:
-    found = plan.reads(open_checkpoint(tiny_llama))
+    found = roofline.reads(tiny_llama)
     linears, head = 2 * (4 * 64 * 64 + 3 * 64 * 128), 320 * 64
     assert found.weight_bytes == pytest.approx(4 * (linears + head), rel=0.02)  # float32; norms and the file's header
     assert found.token_operations == 2 * (linears + head)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from quantkit import ranks
 from quantkit.checkpoint import open_checkpoint
 from quantkit.conversations import Exchange
-from quantkit.draft import initialize, teacher, train
+from quantkit.draft import acceptance, initialize, teacher, train
 from quantkit.errors import QuantkitError
 from quantkit.progress import Report, silent
 
@@ -133,7 +133,7 @@ def test_every_loss_brings_the_draft_nearer(
 
     def overlap() -> float:
         texts, said = material.exchanges, material.teacher
-        return train.offline_acceptance(model, texts, said, temperature=1.0, k=3).overlap
+        return acceptance.together(train.offline_acceptance(model, texts, said, temperature=1.0, k=3)).overlap
 
     before = overlap()
     model.load_state_dict(load_file(found.weights))

@@ -33,7 +33,8 @@ def tiny_recipe() -> Callable[..., dict[str, Any]]:
             "model": str(model),
             "calibration": {"text": [str(calibration)], "samples": 8, "length": 64},
             "quantize": {"method": "gptq", "format": "compressed-tensors", "group_size": 32},
-            "evaluate": {"text": [str(held_out)], "samples": 4, "length": 64, "max_perplexity_drift": 0.5},
+            "evaluate": {"text": [str(held_out)], "samples": 4, "length": 64, "profile": "none", "chat": "no",
+                         "max_perplexity_drift": 0.5},
             "draft": {
                 "keep_layers": 1, "prompts": str(prompts), "held_out_prompts": 4, "validation_prompts": 2,
                 "answer_tokens": 24, "epochs": 2,

@@ -91,6 +91,24 @@ def test_vllm_counts_what_the_simulation_counts(finished: Path) -> None:
     assert results["engine_and_logits_apart"] == []
 
 
+def test_the_target_is_judged_through_vllm_and_with_its_draft(
+    finished: Path, tiny_llama: Path, texts: tuple[Path, Path], prompts: Path, quantkit: Quantkit, tmp_path: Path
+) -> None:
+    done = quantkit(
+        "eval", finished / "target", "--reference", tiny_llama, "--out", tmp_path / "report", "--text", texts[1],
+        "--samples", 4, "--length", 64, "--chat", prompts, "--chat-tokens", 16, "--served", "--profile", "none",
+        "--draft", finished / "draft",
+    )  # fmt: skip
+    assert done.exit_code == 0, done.stderr[-3000:]
+    (found,) = _results(tmp_path, "report")["candidates"]
+    drafted = _results(finished, "draft")
+    counted = drafted["acceptance"][drafted["kept"]]["0"]["vllm"]
+    assert found["acceptance"]["accepted_length"] == pytest.approx(counted["accepted_length"], abs=1e-6)
+    for kind in ("text", "chat"):
+        served, kl = found["served"][kind], found["on"][kind]["kl_nats"]["value"]
+        assert abs(served["gap_nats"]["value"]) < 0.05 and kl > 0.01, "vLLM serves these weights and no others"
+
+
 def test_a_second_run_finds_all_fresh_and_starts_nothing(finished: Path, recipe: Path, quantkit: Quantkit) -> None:
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
     again = quantkit("run", recipe, "--out", finished)
@@ -102,6 +120,12 @@ def test_a_dry_run_says_what_a_change_costs(finished: Path, recipe: Path, quantk
     done = quantkit("run", recipe, "--out", finished, "--dry-run", "--set", "serve.max_num_seqs=2")
     states = dict(line.split() for line in done.stdout.splitlines())
     assert states == {"target": "fresh", "report": "fresh", "draft": "fresh", "bundle": "runs", "served": "runs"}
+
+
+def test_a_bench_is_one_more_stage(finished: Path, recipe: Path, quantkit: Quantkit) -> None:
+    done = quantkit("run", recipe, "--out", finished, "--dry-run", "--set", "bench.variants=[w4]")
+    states = dict(line.split() for line in done.stdout.splitlines())
+    assert states == dict.fromkeys(FOLDERS, "fresh") | {"bench": "runs"}
 
 
 def test_the_bundle_moves_and_still_checks(finished: Path, quantkit: Quantkit, tmp_path: Path) -> None:

@@ -20,10 +20,11 @@ def eight_layers(make_llama, tmp_path_factory: pytest.TempPathFactory) -> Checkp
 @pytest.fixture
 def config(eight_layers: Checkpoint) -> dict[str, Any]:
     """What speculators 0.9.0 wrote for a target of these sizes, but for what is of no account here."""
-    copied = ("hidden_act", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
-              "rms_norm_eps", "rope_parameters", "max_position_embeddings", "vocab_size")  # fmt: skip
+    copied = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "rms_norm_eps",
+              "rope_parameters", "max_position_embeddings", "vocab_size")  # fmt: skip
     layer = {key: eight_layers.config[key] for key in copied} | {
-        "model_type": "llama", "num_hidden_layers": 1, "head_dim": 32, "sliding_window": 0,
+        "model_type": "llama", "num_hidden_layers": 1, "head_dim": 32, "sliding_window": 0, "hidden_act": "silu",
+        "attention_bias": False, "mlp_bias": False, "layer_types": ["full_attention"],
     }  # fmt: skip
     return {
         "architectures": ["Eagle3DraftModel"], "auto_map": {"": "config.Eagle3SpeculatorConfig"},

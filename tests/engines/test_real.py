@@ -66,7 +66,7 @@ def test_speculators_from_nothing_to_a_head_that_vllm_serves(
     found = manifest.results
     assert found["engine"]["version"] == registry.EVERY["speculators"].version
     assert found["epoch_losses"][-1] < 0.7 * found["epoch_losses"][0]
-    assert found["acceptance"]["after"]["0"]["vllm"]["acceptance_rate"] > 0.3
+    assert found["acceptance"]["after"]["0"]["vllm"]["per_position"][0] > 0.15  # untrained: nothing of 320 tokens
 
 
 def _logprobs(path: Path, ids: torch.Tensor) -> torch.Tensor:

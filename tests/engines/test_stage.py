@@ -71,7 +71,7 @@ def test_from_the_command_line_to_the_evaluation(
 
     code, said = _call(
         "eval", out, "--reference", tiny_llama, "--out", tmp_path / "report", "--text", texts[1], "--samples", 3,
-        "--length", 64, "--max-perplexity-drift", "500%",
+        "--length", 64, "--chat", "no", "--profile", "none",
     )  # fmt: skip
     assert code == 0, said
 

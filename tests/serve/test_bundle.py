@@ -16,6 +16,7 @@ from quantkit.errors import QuantkitError
 from quantkit.serve import bundle as bundles
 from quantkit.serve import check
 from quantkit.serve.settings import ServeSettings
+from quantkit.serve.verdict import Check
 
 MakeLlama = Callable[..., Path]
 
@@ -60,7 +61,7 @@ def no_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vllm_environment, "distribution", lambda: None)
 
 
-def failed(found: list[check.Check]) -> dict[str, str]:
+def failed(found: list[Check]) -> dict[str, str]:
     return {one.name: one.detail for one in found if not one.passed and not one.detail.startswith("not run")}
 
 
@@ -68,6 +69,19 @@ def test_everything_is_in_it(made: Path, tiny_llama: Path) -> None:
     names = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()}
     assert names == {
         "README.md", "SHA256SUMS", "bundle.json", "quantkit.json", "vllm/serve.yaml", "vllm/serve.cpu.yaml",
+        *(f"k8s/{name}.yaml" for name in (
+            "base/kustomization", "base/deployment", "base/service", "base/network-policy", "base/disruption-budget",
+            "base/volume-claim", "autoscaling/kustomization", "autoscaling/scaled-object",
+            "autoscaling/service-monitor", "kserve/kustomization", "kserve/llm-inference-service",
+            "site.example/kustomization",
+        )),
+        "ray/serve.yaml", "ray/serve.most-free-kv.yaml", "ray/most_free_kv.py",
+        "provenance/model-card.md", "provenance/bom.cdx.json", "provenance/slsa.intoto.json",
+        "compose.yaml", "compose/deploy.env.example", "compose/nginx.conf", "compose/start_vllm.py",
+        "compose/start_router.py", "compose/grafana/datasources/prometheus.yaml",
+        "compose/grafana/dashboards/bundle.yaml", "observability/prometheus.yml", "observability/rules.yml",
+        "observability/rules_test.yml", "observability/dashboard.json", "smoke/smoke.py", "load/load.sh",
+        "load/prompts.jsonl",
         *(f"{role}/{name}" for role in ("target", "draft") for name in (
             "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
             "chat_template.jinja",
@@ -109,16 +123,22 @@ def test_results_of_the_stages_are_carried(tiny_llama: Path, copy: Path, tmp_pat
             work.results.update(results)
         return out
 
+    counted = {
+        t: {"vllm": {"acceptance_rate": r, "per_position": [0.875, 0.5, r]}} for t, r in (("0", 0.5), ("1", 0.125))
+    }
     pages = tmp_path / "pages"
     pages.mkdir()
     (pages / "report.html").write_text("<p>drift</p>")
     target = stage("target", "quantized", {"checkpoint": "0" * 64}, {"method": "gptq"}, tiny_llama)
-    draft = stage("draft", "draft", {"target": "another"}, {"acceptance": {"before": 0.1, "after": 0.625}}, copy)
+    draft = stage("draft", "draft", {"target": "another"}, {"acceptance": {"after": counted}}, copy)
     report = stage("report", "report", {}, {"perplexity_drift": 0.0041}, pages)
     results = build(tmp_path / "bundle", target, draft, report)
-    assert results["measured"]["draft"]["acceptance"]["after"] == 0.625
+    assert results["measured"]["draft"]["acceptance"]["after"] == counted
     readme = (tmp_path / "bundle" / "README.md").read_text()
-    assert "| acceptance.after | 0.625 |" in readme
+    assert "| acceptance.after.0.vllm.acceptance_rate | 0.5 |" in readme
+    rules = (tmp_path / "bundle" / "observability" / "rules.yml").read_text()
+    assert "3 tokens a draft, by vLLM on held-out prompts at temperature 1: acceptance rate 0.5,\n" in rules
+    assert "accepted length 2.5. " in rules and "expr: quantkit:acceptance_rate < 0.4\n" in rules
     assert "| perplexity_drift | 0.0041 |" in readme
     assert "trained for another target" in readme
     assert (tmp_path / "bundle" / "report" / "report.html").read_text() == "<p>drift</p>"
@@ -191,7 +211,7 @@ def test_promised_kv_scales_must_be_there(copy: Path, tmp_path: Path) -> None:
     edit_json(
         copy / "config.json", quantization_config={"quant_method": "compressed-tensors", "kv_cache_scheme": scheme}
     )
-    with pytest.raises(QuantkitError, match=r"4 scales are missing \(layers\.0\.k_scale"):
+    with pytest.raises(QuantkitError, match=r"4 scales are missing \(model\.layers\.0\.self_attn\.k_scale"):
         build(tmp_path / "bundle", copy, None, settings=WITHOUT_DRAFT)
     tensors = load_file(copy / "model.safetensors")
     one = next(iter(tensors.values())).reshape(-1)[:1].copy()

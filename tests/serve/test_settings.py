@@ -1,10 +1,14 @@
 """The two settings files: what is in them, what is left out by name, and what is refused."""
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from quantkit import vllm_environment
 from quantkit.errors import QuantkitError
 from quantkit.serve import settings as flags
 from quantkit.serve.settings import ServeSettings
@@ -87,7 +91,32 @@ def test_names_survive_yaml() -> None:
 
 def test_prefix_caching_can_be_switched_off() -> None:
     text = flags.to_yaml(some(enable_prefix_caching=False), "gpu", sources={})
-    assert yaml.safe_load(text)["enable-prefix-caching"] is False
+    written = yaml.safe_load(text)
+    assert written["no-enable-prefix-caching"] is True and "enable-prefix-caching" not in written
+
+
+_AS_VLLM_SERVE = """
+import sys
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser = FlexibleArgumentParser()
+ServeSubcommand().subparser_init(parser.add_subparsers())
+for file in sys.argv[1:]:
+    print(parser.parse_args(["serve", "--config", file]).enable_prefix_caching)
+"""
+
+
+@pytest.mark.vllm
+def test_vllm_serve_sees_what_is_switched_off(tmp_path: Path) -> None:
+    files = []
+    for on in (True, False):
+        files.append(tmp_path / f"{on}.yaml")
+        files[-1].write_text(flags.to_yaml(some(enable_prefix_caching=on), "gpu", sources={}))
+    run = subprocess.run(
+        [sys.executable, "-c", _AS_VLLM_SERVE, *map(str, files)], capture_output=True, text=True, timeout=300,
+        env=vllm_environment.process_environment(on_cpu=True), check=True,
+    )  # fmt: skip
+    assert run.stdout.split()[-2:] == ["True", "False"]
 
 
 @pytest.mark.parametrize(

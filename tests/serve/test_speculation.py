@@ -13,6 +13,7 @@ from quantkit import artifacts, speculation, stages, vllm_environment
 from quantkit.progress import Display
 from quantkit.recipe import Serve
 from quantkit.serve import check
+from quantkit.serve.settings import from_recipe, to_yaml
 from quantkit.speculation import Load, Option, Plan, Profile
 
 FILES = {"gpu": "vllm/serve.yaml", "cpu": "vllm/serve.cpu.yaml"}
@@ -41,7 +42,9 @@ def _draft(tiny_llama: Path, out: Path, *plans: Plan) -> Path:
 
 
 def _bundle(tiny_llama: Path, tmp_path: Path, *plans: Plan, **serve: Any) -> Path:
-    draft = _draft(tiny_llama, tmp_path / "draft", *plans)
+    draft = tmp_path / "draft"
+    if not draft.exists():
+        _draft(tiny_llama, draft, *plans)
     settings = Serve(served_model_name="tiny", kv_cache_dtype="auto", max_model_len=1024, **serve)
     out = tmp_path / "bundle"
     stage = stages.bundle(tiny_llama, draft=draft, report_dir=None, settings=settings)
@@ -130,9 +133,24 @@ def test_a_draft_that_no_file_uses_is_found(tiny_llama: Path, tmp_path: Path) ->
     assert "no settings file has a speculative-config" in found["settings files"]
 
 
-def test_same_plan_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+def test_same_inputs_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
     sums = []
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        sums.append((_bundle(tiny_llama, tmp_path / name, _plan("cpu", 1.5)) / "SHA256SUMS").read_text())
+    for _ in range(2):
+        bundle = _bundle(tiny_llama, tmp_path, _plan("cpu", 1.5))
+        sums.append((bundle / "SHA256SUMS").read_text())
+        shutil.rmtree(bundle)
     assert sums[0] == sums[1]
+
+
+def test_a_head_is_served_by_load(tiny_llama: Path) -> None:
+    """vLLM follows a schedule for EAGLE-3; for a separate draft it would make the passes all the same."""
+    alone, many = _plan("gpu", 1.4, 1.6, 1.7).loads[0], _plan("gpu", 1.1, 0.7, 0.6).loads[0]
+    loads = [alone, many.model_copy(update={"concurrency": 32})]
+    plans: dict[Profile, Plan] = {"gpu": _plan("gpu", 1, 1, 1).model_copy(update={"loads": loads})}
+    recipe = Serve(served_model_name="tiny", max_model_len=1024, max_num_seqs=64)
+    for method, expected in (("eagle3", [[1, 1, 3], [2, 64, 1]]), ("draft_model", None)):
+        settings, sources, decisions = from_recipe(recipe, tiny_llama, plans=plans, method=method)  # type: ignore[arg-type]
+        written = yaml.safe_load(to_yaml(settings, "gpu", sources=sources)).get("speculative-config", {})
+        assert written.get("num_speculative_tokens_per_batch_size") == expected
+        assert (written["num_speculative_tokens"] == 3) == (method == "eagle3")
+        assert decisions["gpu"].why.startswith("on by load") == (method == "eagle3")

@@ -1,6 +1,6 @@
 """The real server on a tiny bundle whose draft is the target itself: whatever is proposed must be accepted."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantkit import artifacts
 from quantkit.serve import bundle as bundles
 from quantkit.serve import check, launch, smoke
 from quantkit.serve.settings import ServeSettings
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1800)]
 
+MakeBundle = Callable[..., Path]
 # float32: there the greedy answers of vLLM and transformers are equal token for token. In 16 bits a random model's two
 # best logits may round to the same number, and the batch shape decides which one wins.
 SETTINGS = ServeSettings(
@@ -38,12 +38,9 @@ class Running(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundle(tiny_llama: Path, make_bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle below a folder whose name misleads vLLM, unless the paths are relative."""
-    out = tmp_path_factory.mktemp("eagle3-project") / "bundle"
-    with artifacts.making(out, "bundle", inputs={}, settings=SETTINGS.model_dump()) as work:
-        bundles.build(work, target=tiny_llama, draft=tiny_llama, report=None, settings=SETTINGS, sources={})
-    return out
+    return make_bundle(tiny_llama, tmp_path_factory.mktemp("eagle3-project") / "bundle", SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +101,11 @@ def test_vllm_takes_good_flags_and_refuses_bad_ones(bundle: Path) -> None:
     good = cpu.read_text()
     try:
         cpu.write_text(good.replace('dtype: "float32"', 'dtype: "float31"'))
-        sums.write_text(bundles.sums_text(bundle))
+        sums.write_text(bundles.sums_text(bundle, {}))
         found = {one.name: one for one in check.check(bundle)}
     finally:
         cpu.write_text(good)
-        sums.write_text(bundles.sums_text(bundle))
+        sums.write_text(bundles.sums_text(bundle, {}))
     assert {name for name, one in found.items() if not one.passed} == {"vLLM accepts vllm/serve.cpu.yaml"}
     assert "float31" in found["vLLM accepts vllm/serve.cpu.yaml"].detail
     assert "a CPU build cannot tell" in found["vLLM accepts vllm/serve.yaml"].detail

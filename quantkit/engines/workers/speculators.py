@@ -14,7 +14,7 @@ from typing import Any
 
 # By what its trainer passes to the model, and its command line's defaults; `options` may say otherwise.
 DEFAULTS: dict[str, Any] = {
-    "draft_vocab_size": 32000, "loss_fn": "kl_div", "ttt_step_loss_decay": 1.0, "optimizer": "muon",
+    "loss_fn": "kl_div", "ttt_step_loss_decay": 1.0, "optimizer": "muon",
     "weight_decay": 0.01, "norm_before_residual": True, "norm_before_fc": True, "norm_output": True,
 }  # fmt: skip
 
@@ -137,7 +137,7 @@ def new_head(job: dict[str, Any], settings: dict[str, Any], exchanges: list[dict
         job["checkpoint"], num_layers=1, draft_arch="llama", hidden_act=None, sliding_window=0,
         full_attention_indices=[0],
     )  # fmt: skip
-    vocabulary = min(settings["draft_vocab_size"], config.vocab_size)
+    vocabulary = min(job["draft_vocab_size"], config.vocab_size)
     counts = Counter(token for exchange in exchanges for token in exchange["answer"])
     d2t, t2d = build_vocab_mappings_from_distribution(counts, vocabulary, config.vocab_size)
     head = Eagle3DraftModel.from_training_args(

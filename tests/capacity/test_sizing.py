@@ -1,6 +1,8 @@
 """KV cache arithmetic against figures that vLLM itself logged, and against hand counts."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from quantkit import vllm_environment
+from quantkit.capacity import sizing
 from quantkit.errors import QuantkitError
-from quantkit.serve import sizing
 
 SMOLLM2 = {
     "num_hidden_layers": 30,
@@ -112,3 +115,48 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     (target / "config.json").write_text("{")
     with pytest.raises(QuantkitError, match="is not JSON"):
         sizing.read_config(target)
+
+
+# vLLM's own classes, in a process of its own: bytes of a block of 32 tokens of all layers.
+_BLOCK_BYTES = """
+import json, sys
+from dataclasses import replace
+import torch
+from vllm.utils.torch_utils import STR_DTYPE_TO_TORCH_DTYPE
+from vllm.v1.attention.backends.triton_attn import TritonAttentionBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec, UniformTypeKVCacheSpecs, get_kv_quant_mode
+
+layers, heads, size, kind, skipped = json.loads(sys.argv[1])
+
+def spec(kind):
+    dtype = torch.float16 if kind == "auto" else STR_DTYPE_TO_TORCH_DTYPE[kind]
+    return TritonAttentionBackend.customize_spec(FullAttentionSpec(
+        block_size=32, num_kv_heads=heads, head_size=size, dtype=dtype, kv_quant_mode=get_kv_quant_mode(kind)))
+
+specs = {f"model.layers.{i}.self_attn.attn": spec("auto" if i in skipped else kind) for i in range(layers)}
+whole = UniformTypeKVCacheSpecs.from_specs(specs)
+print(whole.page_size_bytes if whole else sum(each.page_size_bytes for each in specs.values()))
+"""
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize(
+    ("kind", "skipped"),
+    [("float16", ()), ("fp8", ()), ("fp8", (0, 29)), ("fp8_e5m2", ()), ("int8_per_token_head", ()),
+     ("int8_per_token_head", (3,)), ("fp8_per_token_head", ())],
+)  # fmt: skip
+def test_a_block_is_as_large_as_vllm_has_it(kind: str, skipped: tuple[int, ...]) -> None:
+    asked = json.dumps([30, 3, 64, "auto" if kind == "float16" else kind, skipped])
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", _BLOCK_BYTES, asked], env=vllm_environment.process_environment(on_cpu=True),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    ours = sizing.kv_bytes_per_token(SMOLLM2, kind, skip_layers=skipped)
+    assert 32 * ours == int(run.stdout.splitlines()[-1])
+
+
+def test_skipped_layers_keep_sixteen_bits() -> None:
+    whole, halved = (sizing.kv_bytes_per_token(SMOLLM2, kind) for kind in ("float16", "fp8"))
+    assert sizing.kv_bytes_per_token(SMOLLM2, "fp8", skip_layers=range(30)) == whole
+    assert sizing.kv_bytes_per_token(SMOLLM2, "fp8", skip_layers=(2, 2, 99)) == halved + whole // 60

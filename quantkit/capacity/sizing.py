@@ -6,7 +6,7 @@ The formula is that of PagedAttention as vLLM allocates it (Kwon et al. 2023, ar
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,17 +14,12 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
 
 from quantkit.errors import QuantkitError, raise_all
+from quantkit.kv_scheme import KINDS, has_kv_scheme
 
 # Bits, not bytes: the 4-bit floats of newer checkpoints have no whole byte.
 _DTYPE_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "U16": 16, "I16": 16, "F16": 16, "BF16": 16,
     "U32": 32, "I32": 32, "F32": 32, "U64": 64, "I64": 64, "F64": 64, "F4": 4,
-}  # fmt: skip
-
-# Bytes an element of the KV cache takes. The per-token-head kinds hold one float32 scale a token and head besides,
-# which is counted in `_cache_bytes_per_head`.
-_KV_BYTES = {
-    "float32": 4, "float16": 2, "bfloat16": 2, "fp8": 1, "fp8_e4m3": 1, "fp8_e5m2": 1, "int8_per_token_head": 1,
 }  # fmt: skip
 
 
@@ -71,6 +66,7 @@ def size(
     reserved_bytes: int = 2 << 30,
     tensor_parallel_size: int = 1,
     kv_cache_dtype: str = "auto",
+    skip_layers: Collection[int] = (),
     dtype: str = "auto",
     block_size: int = 16,
     max_model_len: int | None = None,
@@ -86,6 +82,8 @@ def size(
         reserved_bytes: activations, CUDA graphs and runtime of one rank: an estimate, only used with
             `gpu_memory_bytes`.
         kv_cache_dtype: as vLLM's flag; "auto" is FP8 where the checkpoint carries a KV scheme, else `dtype`.
+        skip_layers: of the target, whose cache keeps 16 bits (`--kv-cache-dtype-skip-layers`); the draft's layers of
+            the same numbers, too: vLLM goes by the number alone.
         dtype: as vLLM's flag; "auto" is the 16-bit type of the checkpoint.
         block_size: tokens a block (vLLM: 16 on a GPU, 128 on a CPU by default).
         max_model_len: tokens of one sequence; the model's own limit by default.
@@ -93,28 +91,59 @@ def size(
     Raises:
         QuantkitError: a file is missing or damaged, or the heads do not divide by `tensor_parallel_size`.
     """
+    context = max_model_len or int(read_config(target).get("max_position_embeddings", 0))
+    if context <= 0:
+        raise QuantkitError(f"{target}/config.json has no max_position_embeddings: give max_model_len")
+    return fit(
+        read_config(target), weight_bytes(target), read_config(draft) if draft else None,
+        weight_bytes(draft) if draft else 0, kv_cache_bytes=kv_cache_bytes, gpu_memory_bytes=gpu_memory_bytes,
+        gpu_memory_utilization=gpu_memory_utilization, reserved_bytes=reserved_bytes,
+        tensor_parallel_size=tensor_parallel_size, kv_cache_dtype=kv_cache_dtype, skip_layers=skip_layers, dtype=dtype,
+        block_size=block_size, max_model_len=context,
+    )  # fmt: skip
+
+
+def fit(
+    config: Mapping[str, Any],
+    stored_bytes: int,
+    draft_config: Mapping[str, Any] | None = None,
+    draft_stored_bytes: int = 0,
+    *,
+    max_model_len: int,
+    kv_cache_bytes: int | None = None,
+    gpu_memory_bytes: int | None = None,
+    gpu_memory_utilization: float = 0.92,
+    reserved_bytes: int = 2 << 30,
+    tensor_parallel_size: int = 1,
+    kv_cache_dtype: str = "auto",
+    skip_layers: Collection[int] = (),
+    dtype: str = "auto",
+    block_size: int = 16,
+) -> Sizing:
+    """`size` for models of which only config.json and the bytes of the weights are known.
+
+    Raises:
+        QuantkitError: the heads do not divide by `tensor_parallel_size`.
+    """
     if (kv_cache_bytes is None) == (gpu_memory_bytes is None):
         raise QuantkitError("give kv_cache_bytes or gpu_memory_bytes to size for, and only one of them")
-    config = read_config(target)
-    draft_config = read_config(draft) if draft else None
     raise_all(
         head_problems(config, tensor_parallel_size, "target")
         + (head_problems(draft_config, tensor_parallel_size, "draft") if draft_config else [])
     )
     resolved = kv_dtype(config, kv_cache_dtype, dtype)
-    target_kv = kv_bytes_per_token(config, resolved, tensor_parallel_size)
+    target_kv = kv_bytes_per_token(config, resolved, tensor_parallel_size, skip_layers=skip_layers)
     # vLLM gives the draft's cache the target's element type, whatever the draft's own config says.
-    draft_kv = kv_bytes_per_token(draft_config, resolved, tensor_parallel_size) if draft_config else 0
-    target_weights = math.ceil(weight_bytes(target) / tensor_parallel_size)
-    draft_weights = math.ceil(weight_bytes(draft) / tensor_parallel_size) if draft else 0
+    draft_kv = 0
+    if draft_config:
+        draft_kv = kv_bytes_per_token(draft_config, resolved, tensor_parallel_size, skip_layers=skip_layers)
+    target_weights = math.ceil(stored_bytes / tensor_parallel_size)
+    draft_weights = math.ceil(draft_stored_bytes / tensor_parallel_size)
     if gpu_memory_bytes is not None:
         usable = math.ceil(gpu_memory_bytes * gpu_memory_utilization)
         kv_cache_bytes = max(0, usable - target_weights - draft_weights - reserved_bytes)
     assert kv_cache_bytes is not None
     num_blocks = kv_cache_bytes // ((target_kv + draft_kv) * block_size)
-    context = max_model_len or int(config.get("max_position_embeddings", 0))
-    if context <= 0:
-        raise QuantkitError(f"{target}/config.json has no max_position_embeddings: give max_model_len")
     return Sizing(
         tensor_parallel_size=tensor_parallel_size,
         kv_cache_dtype=resolved,
@@ -127,8 +156,8 @@ def size(
         kv_cache_bytes=kv_cache_bytes,
         num_blocks=num_blocks,
         kv_cache_tokens=num_blocks * block_size,
-        max_model_len=context,
-        concurrency=num_blocks / math.ceil(context / block_size),
+        max_model_len=max_model_len,
+        concurrency=num_blocks / math.ceil(max_model_len / block_size),
     )
 
 
@@ -153,25 +182,27 @@ def speculative_method(draft_config: Mapping[str, Any]) -> Literal["draft_model"
     return "eagle3" if draft_config.get("speculators_model_type") == "eagle3" else "draft_model"
 
 
-def kv_bytes_per_token(config: Mapping[str, Any], kv_cache_dtype: str, tensor_parallel_size: int = 1) -> int:
+def kv_bytes_per_token(
+    config: Mapping[str, Any], kv_cache_dtype: str, tensor_parallel_size: int = 1, *, skip_layers: Collection[int] = ()
+) -> int:
     """Bytes of keys and values that one token takes on one rank, all layers: grouped-query attention counted.
 
-    2 * layers * ceil(kv_heads / TP) * head_dim * bytes. A key-value head is the unit that is shared out: with more
-    ranks than heads each rank keeps a whole one, so the cache stops shrinking.
+    2 * layers * ceil(kv_heads / TP) * head_dim * bytes, with layers that are skipped at 16 bits. A key-value head is
+    the unit that is shared out: with more ranks than heads each rank keeps a whole one, so the cache stops shrinking.
     """
-    heads = math.ceil(kv_heads(config) / tensor_parallel_size)
-    return (
-        2 * int(config["num_hidden_layers"]) * heads * _cache_bytes_per_head(config, kv_dtype(config, kv_cache_dtype))
-    )
+    heads, layers = math.ceil(kv_heads(config) / tensor_parallel_size), int(config["num_hidden_layers"])
+    wide = len([index for index in set(skip_layers) if index < layers])
+    bytes_of = (_cache_bytes_per_head(config, kind) for kind in (kv_dtype(config, kv_cache_dtype), "float16"))
+    return 2 * heads * sum(count * size for count, size in zip((layers - wide, wide), bytes_of, strict=True))
 
 
 def kv_dtype(config: Mapping[str, Any], kv_cache_dtype: str, dtype: str = "auto") -> str:
     """The element type of the cache that vLLM's words for cache and model stand for with this checkpoint."""
     if kv_cache_dtype != "auto":
-        if kv_cache_dtype not in _KV_BYTES:
-            raise QuantkitError(f"kv_cache_dtype {kv_cache_dtype!r} has no known size: use one of {sorted(_KV_BYTES)}")
+        if kv_cache_dtype not in KINDS:
+            raise QuantkitError(f"kv_cache_dtype {kv_cache_dtype!r} has no known size: use one of {sorted(KINDS)}")
         return kv_cache_dtype
-    if (config.get("quantization_config") or {}).get("kv_cache_scheme"):
+    if has_kv_scheme(config):
         return "fp8"  # vLLM reads the scheme from the checkpoint and turns "auto" into it
     if dtype != "auto":
         return dtype
@@ -225,9 +256,15 @@ def safetensors_files(checkpoint: Path) -> list[Path]:
     return [checkpoint / name for name in names]
 
 
+def bytes_of(checkpoint: Path, name: str) -> int:
+    """Bytes of one tensor of a checkpoint; 0 where it has none of that name."""
+    found = (tensor_shapes(path).get(name) for path in safetensors_files(checkpoint))
+    return sum(_bytes(*one) for one in found if one is not None)
+
+
 def tensor_bytes(path: Path) -> int:
     """Bytes of the tensors of one safetensors file; reads the header, maps the rest without touching it."""
-    return sum(math.prod(shape) * _DTYPE_BITS[dtype] // 8 for dtype, shape in tensor_shapes(path).values())
+    return sum(_bytes(dtype, shape) for dtype, shape in tensor_shapes(path).values())
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -243,8 +280,11 @@ def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return shapes
 
 
+def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return math.prod(shape) * _DTYPE_BITS[dtype] // 8
+
+
 def _cache_bytes_per_head(config: Mapping[str, Any], dtype: str) -> int:
     heads = int(config["num_attention_heads"])
     head_dim = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
-    scale = 4 if dtype.endswith("_per_token_head") else 0
-    return head_dim * _KV_BYTES[dtype] + scale
+    return head_dim * KINDS[dtype].bytes + KINDS[dtype].scale_bytes

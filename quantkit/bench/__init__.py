@@ -1,0 +1,1 @@
+"""Before and after, one technique at a time, on the real vLLM."""

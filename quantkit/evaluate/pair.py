@@ -1,0 +1,87 @@
+"""Whether candidate and reference belong together, and whether the text is one to judge them by."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quantkit import artifacts, tokens
+from quantkit.checkpoint import Checkpoint
+from quantkit.errors import QuantkitError, raise_all
+from quantkit.evaluate.windows import Windows
+from quantkit.tokens import TokenSet
+
+_SHARED = 0.01  # of the held-out text's 32-token runs may also stand in the calibration text by chance
+_APART = 0.3  # relative difference of the embeddings of a few tokens, which no quantizer changes by much
+_ROWS = 64
+_PROBE = "Name three colours, one of them blue; 17 + 25 = 42."
+
+
+def check(reference: Checkpoint, candidate: Checkpoint, *, base: str) -> None:
+    """Refuse a candidate that was not made from the reference, or would be asked in other tokens.
+
+    base: the reference's digest.
+
+    Raises:
+        QuantkitError: another size or base, other weights, another BOS, tokenizer or chat template.
+    """
+    problems = []
+    sizes = [each.arch._replace(tied_embeddings=True) for each in (reference, candidate)]
+    give = "give the checkpoint that was quantized as --reference"
+    if sizes[0] != sizes[1]:
+        problems.append(f"their configs differ in size or kind: {give}")
+    else:
+        if _base(candidate.path) not in (None, base):
+            problems.append(f"its manifest names another base: {give}")
+        apart = _embeddings_apart(reference, candidate)
+        if apart > _APART:
+            problems.append(f"the embeddings of {_ROWS} tokens differ by {apart:.0%}: {give}")
+    problems += _tokenizer_problems(reference.path, candidate.path)
+    raise_all([f"{candidate.path} was not made from {reference.path}: {problem}" for problem in problems])
+
+
+def _base(candidate: Path) -> str | None:
+    """The digest of the checkpoint that the candidate's manifest says it was quantized from."""
+    manifest = artifacts.read_manifest(candidate)
+    return manifest.inputs.get("checkpoint") if manifest and manifest.kind == "quantized" else None
+
+
+def _embeddings_apart(reference: Checkpoint, candidate: Checkpoint) -> float:
+    rows = torch.linspace(0, reference.arch.vocab_size - 1, _ROWS).long()
+    ours, theirs = (
+        each.dense("model.embed_tokens.weight", dtype=torch.float32)[rows] for each in (reference, candidate)
+    )
+    return float((ours - theirs).norm() / ours.norm())
+
+
+def _tokenizer_problems(reference: Path, candidate: Path) -> list[str]:
+    first, second = (tokens.load_tokenizer(path) for path in (reference, candidate))
+    ours, theirs = (each(_PROBE)["input_ids"] for each in (first, second))
+    begins = [ids[:1] == [each.bos_token_id] for ids, each in ((ours, first), (theirs, second))]
+    copy = "copy tokenizer.json, tokenizer_config.json and chat_template.jinja from the reference"
+    problems = []
+    if begins[0] != begins[1]:
+        words = ("adds no BOS to a text, the reference's does", "adds a BOS to a text, the reference's does not")
+        problems.append(f"its tokenizer {words[begins[1]]}: {copy}")
+    elif ours != theirs:
+        problems.append(f"its tokenizer makes other tokens of the same text: {copy}")
+    templates = [getattr(each, "chat_template", None) for each in (first, second)]
+    if templates[0] and not templates[1]:
+        problems.append(f"it has no chat template, the reference has one: {copy}")
+    elif templates[0] and templates[0] != templates[1]:
+        problems.append(f"its chat template is not the reference's: {copy}")
+    return problems
+
+
+def refuse_leak(calibrated_on: Sequence[str], windows: Windows, tokenizer: Any) -> None:
+    """Refuse held-out text whose words, not only whose name, were calibrated on."""
+    for source in calibrated_on:
+        if source.startswith(("hf:", "self:")):
+            continue  # known by name; reading the whole of it again would cost more than the evaluation
+        shared = tokens.shared_spans(tokens.whole(source, tokenizer), TokenSet(windows.input_ids_ST, windows.adds_bos))
+        if shared > _SHARED:
+            raise QuantkitError(
+                f"{shared:.0%} of the held-out text also stands in the calibration text {source!r}: "
+                "the drift would be flattered; evaluate on another text"
+            )
