@@ -6,10 +6,10 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -18,6 +18,8 @@ from quantkit.errors import QuantkitError
 
 MANIFEST_NAME = "quantkit.json"
 PARTIAL_NAME = ".partial"
+_KEY, _LOCK = "key", "lock"  # in .partial: whose work it is, and that somebody is at it
+_EMPTYING = "is being emptied"  # instead of a key; what a kill then leaves is emptied again, never gone on with
 
 Kind = Literal["checkpoint", "tokens", "quantized", "answers", "draft", "report", "bundle", "served", "bench"]
 
@@ -60,15 +62,16 @@ def discard(directory: Path) -> None:
     """Remove an artefact, or what an interrupted try left of one; the manifest first, so it never looks complete.
 
     Raises:
-        QuantkitError: the directory holds something that quantkit did not write.
+        QuantkitError: the directory holds something that quantkit did not write, or is being written.
     """
     if not directory.exists():
         return
-    claim = directory / PARTIAL_NAME / "key"
-    if read_manifest(directory) is None and not claim.is_file() and any(directory.iterdir()):
+    if not _is_ours(directory):
         raise QuantkitError(f"{directory} holds files that quantkit did not write: choose another --out")
-    (directory / MANIFEST_NAME).unlink(missing_ok=True)
-    shutil.rmtree(directory)
+    with _exclusive(directory):
+        _empty(directory)
+        (directory / PARTIAL_NAME / _KEY).unlink()
+    directory.rmdir()
 
 
 def read_manifest(directory: Path) -> Manifest | None:
@@ -150,8 +153,10 @@ def making(
         QuantkitError: `out` holds another run, is being written by another process, or the disk is full.
     """
     key = work_key(kind, inputs, settings)
-    _claim(out, key, replace=replace)
-    with _exclusive(out / PARTIAL_NAME), provenance.Meter() as meter:
+    _refuse(out, key, replace=replace)
+    with _exclusive(out), provenance.Meter() as meter:
+        _refuse(out, key, replace=replace)  # another process may have finished it meanwhile
+        _claim(out, key)
         work = Work(out, meter)
         yield work
         files = record_files(out)
@@ -161,39 +166,119 @@ def making(
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
         )  # fmt: skip
         write_text(out / MANIFEST_NAME, manifest.model_dump_json(indent=2) + "\n")
-        shutil.rmtree(work.partial)
+        _remove(work.partial, keep=(_LOCK,))
 
 
-def _claim(out: Path, key: str, *, replace: bool) -> None:
-    """Leave `out` ready for this work: as an interrupted try of the same work left it, or empty."""
-    claim = out / PARTIAL_NAME / "key"
+def tidy(out: Path) -> None:
+    """Remove what a kill right behind the manifest left of the work in a complete artefact: it can be gigabytes."""
+    if (out / PARTIAL_NAME).is_dir():
+        with _exclusive(out):
+            _remove(out / PARTIAL_NAME, keep=(_LOCK,))
+
+
+def _refuse(out: Path, key: str, *, replace: bool) -> None:
+    """Refuse a place that holds something else than this work or nothing; `replace` allows another artefact there."""
     if out.exists() and not out.is_dir():
         raise QuantkitError(f"{out} is a file: give an output directory")
-    resumable = claim.is_file() and claim.read_text() == key and not (out / MANIFEST_NAME).exists()
-    occupied = out.is_dir() and any(out.iterdir())
-    if occupied and not resumable:
-        if not replace:
-            manifest = read_manifest(out)
-            holds = f"another run ({manifest.kind})" if manifest else "files that this run did not write"
-            raise QuantkitError(f"{out} holds {holds}: choose another --out, or pass --fresh to replace what is there")
-        discard(out)
-    claim.parent.mkdir(parents=True, exist_ok=True)
-    write_text(claim, key)
+    if not out.is_dir() or _is_resumable(out, key) or _only_begun(out) or (replace and _is_ours(out)):
+        return
+    manifest = read_manifest(out)
+    if replace:
+        raise QuantkitError(f"{out} holds files that quantkit did not write: choose another --out")
+    holds = f"another run ({manifest.kind})" if manifest else "files that this run did not write"
+    raise QuantkitError(f"{out} holds {holds}: choose another --out, or pass --fresh to replace what is there")
+
+
+def _claim(out: Path, key: str) -> None:
+    """Leave `out` with nothing but what an interrupted try of this work left in `.partial`."""
+    if _is_resumable(out, key):
+        _remove(out, keep=(PARTIAL_NAME,))  # halves of results, which are written anew
+        return
+    _empty(out)
+    write_text(out / PARTIAL_NAME / _KEY, key)
+
+
+def _is_resumable(out: Path, key: str) -> bool:
+    claim = out / PARTIAL_NAME / _KEY
+    return claim.is_file() and claim.read_text() == key and not (out / MANIFEST_NAME).exists()
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether all that the directory holds was written here, at whatever moment the writer was killed."""
+    return (out / PARTIAL_NAME / _KEY).is_file() or _only_begun(out) or read_manifest(out) is not None
+
+
+def _only_begun(out: Path) -> bool:
+    """Whether there is nothing, or what a process leaves that is killed before it has written its key."""
+    if any(path.name != PARTIAL_NAME for path in out.iterdir()):
+        return False
+    partial = out / PARTIAL_NAME
+    return not partial.exists() or {path.name for path in partial.iterdir()} <= {_LOCK, f".{_KEY}.tmp"}
+
+
+def _empty(out: Path) -> None:
+    """Remove all but lock and key; killed meanwhile, the directory is still ours, and has still to be emptied."""
+    partial = out / PARTIAL_NAME
+    write_text(partial / _KEY, _EMPTYING)
+    (out / MANIFEST_NAME).unlink(missing_ok=True)
+    _remove(out, keep=(PARTIAL_NAME,))
+    _remove(partial, keep=(_KEY, _LOCK))
+
+
+def _remove(directory: Path, *, keep: tuple[str, ...]) -> None:
+    for path in sorted(directory.iterdir()):
+        if path.name in keep:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 @contextmanager
-def _exclusive(directory: Path) -> Iterator[None]:
-    """Hold the directory for this process alone; the lock goes with the process, so a kill leaves none behind."""
-    with (directory / "lock").open("w") as handle:
+def _exclusive(out: Path) -> Iterator[None]:
+    """Hold the directory for this process alone, and leave no trace of that in what is finished."""
+    with locked(out / PARTIAL_NAME / _LOCK, what=out):
+        try:
+            yield
+        finally:
+            # Nothing to go on from stays behind an error before the key was written, or behind the manifest.
+            with suppress(OSError):
+                if {path.name for path in (out / PARTIAL_NAME).iterdir()} == {_LOCK}:
+                    shutil.rmtree(out / PARTIAL_NAME)
+
+
+@contextmanager
+def locked(path: Path, *, what: Path) -> Iterator[TextIO]:
+    """Hold a file, made where there is none, for this process alone; the lock goes with the process, however it ends.
+
+    Raises:
+        QuantkitError: another process holds it; `what` is being written then.
+    """
+    with _open_and_lock(path, what=what) as handle:
+        yield handle
+
+
+def _open_and_lock(path: Path, *, what: Path) -> TextIO:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            handle = path.open("a+", encoding="utf-8")
+        except FileNotFoundError:  # whoever held it has just removed its folder
+            continue
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # whoever held it before may have removed the file: then this is a lock of nothing
+            if path.exists() and path.stat().st_ino == os.fstat(handle.fileno()).st_ino:
+                return handle
         except OSError as error:
+            handle.close()
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 raise
             raise QuantkitError(
-                f"{directory.parent} is being written by another quantkit: wait for it, or give another --out"
+                f"{what} is being written by another quantkit: wait for it, or give another --out"
             ) from error
-        yield
+        handle.close()
 
 
 def cache(name: str) -> Path:

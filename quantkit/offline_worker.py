@@ -4,7 +4,6 @@ import atexit
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -33,7 +32,6 @@ def main() -> None:
 
 def run(folder: Path) -> None:
     """Run the job in `folder`; requests that already have a result are left out."""
-    parent = os.getppid()
     from vllm import SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -46,7 +44,6 @@ def run(folder: Path) -> None:
     before = _counters(llm.get_metrics())
     with (folder / RESULTS_NAME).open("a", buffering=1) as stream:
         while engine.has_unfinished_requests():
-            _end_with(parent)
             for output in engine.step():
                 if output.finished:
                     stream.write(_result(output).model_dump_json() + "\n")
@@ -68,7 +65,6 @@ def read_job(folder: Path) -> tuple[Job, list[Request]]:
 
 def time_steps(folder: Path) -> None:
     """Time the decode steps that `folder` asks for."""
-    parent = os.getppid()
     from vllm import SamplingParams
     from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
 
@@ -89,7 +85,6 @@ def time_steps(folder: Path) -> None:
         steps_s: list[float] = []
         last_s = clock()
         while len(steps_s) < timing.steps:
-            _end_with(parent)
             decoding = len(begun) == size
             outputs = engine.step()
             # from one return to the next: an engine in another process works while this one does not wait for it
@@ -116,11 +111,6 @@ def _machine() -> str:
     from vllm.platforms import current_platform
 
     return str(current_platform.get_device_name())
-
-
-def _end_with(parent: int) -> None:
-    if os.getppid() != parent:
-        sys.exit("whoever asked is gone")
 
 
 def _start(engine: Engine) -> Any:

@@ -1,6 +1,7 @@
 """All stages of a recipe in order: what is fresh is skipped, what was interrupted goes on."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,13 +60,14 @@ def run(
         QuantkitError: wrong input, a failed gate, or `out` holds the run of another recipe.
     """
     steps = plan(recipe, out, cluster=cluster)
-    _claim(recipe, out)
-    if fresh:
-        for step in steps:
-            artifacts.discard(out / step.folder)
-    return {
-        step.folder: stages.run_stage(step.stage, out / step.folder, display=display, replace=True) for step in steps
-    }
+    with _claimed(recipe, out):
+        if fresh:
+            for step in steps:
+                artifacts.discard(out / step.folder)
+        return {
+            step.folder: stages.run_stage(step.stage, out / step.folder, display=display, replace=True)
+            for step in steps
+        }
 
 
 def states(recipe: Recipe, out: Path) -> list[tuple[str, str]]:
@@ -111,15 +113,18 @@ def _directory(path: str) -> None:
         )
 
 
-def _claim(recipe: Recipe, out: Path) -> None:
-    """Refuse a folder that holds the run of another recipe, or files that no run wrote."""
+@contextmanager
+def _claimed(recipe: Recipe, out: Path) -> Iterator[None]:
+    """Hold the folder for this run alone; refuse one that holds another recipe's run, or files that no run wrote."""
     path = out / _NAME_FILE
-    if path.is_file():
-        name = path.read_text(encoding="utf-8").strip()
-        if name != recipe.name:
-            raise QuantkitError(f"{out} holds a run of the recipe {name!r}, not {recipe.name!r}: choose another --out")
-        return
-    if out.is_dir() and any(out.iterdir()):
+    if not path.is_file() and out.is_dir() and any(out.iterdir()):
         raise QuantkitError(f"{out} holds files that no run wrote: choose an empty --out")
-    out.mkdir(parents=True, exist_ok=True)
-    artifacts.write_text(path, recipe.name + "\n")
+    with artifacts.locked(path, what=out) as file:
+        file.seek(0)
+        name = file.read().strip()
+        if name and name != recipe.name:
+            raise QuantkitError(f"{out} holds a run of the recipe {name!r}, not {recipe.name!r}: choose another --out")
+        if not name:  # new, or killed before it was written
+            file.write(recipe.name + "\n")
+            file.flush()
+        yield

@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from quantkit import provenance
 
 _TICK_S = 0.1
+_KEEPER = Path(__file__).with_name("keeper.py")
 
 
 class Spent(NamedTuple):
@@ -31,6 +33,26 @@ def passed_on(names: Iterable[str]) -> dict[str, str]:
     return {name: os.environ[name] for name in names if name in os.environ}
 
 
+def start(command: Sequence[str | Path], **settings: Any) -> "subprocess.Popen[Any]":
+    """`subprocess.Popen` in a session of its own. Its group ends when this process does, by SIGKILL too.
+
+    It also ends when what is returned is forgotten: hold it as long as the child is wanted.
+    """
+    told, held = os.pipe()
+    keeper = [sys.executable, "-I", "-S", str(_KEEPER), str(told)]
+    try:
+        child = subprocess.Popen(
+            [*keeper, *map(str, command)], pass_fds=(told,), start_new_session=True, **settings
+        )  # fmt: skip
+    except BaseException:
+        os.close(held)
+        raise
+    finally:
+        os.close(told)
+    weakref.finalize(child, os.close, held)
+    return child
+
+
 def run_logged(
     command: Sequence[str | Path], *, env: Mapping[str, str], folder: Path, log: Path, append: bool = False,
     on_tick: Callable[[float, str], None] = lambda seconds, line: None,
@@ -38,15 +60,13 @@ def run_logged(
     """Run a command in `folder` to its end, in a process group of its own, with all that it prints in `log`.
 
     `on_tick(seconds, last line of the log)` is called while it runs. Its standard input is a pipe that says nothing and
-    ends with this process: a child that watches it knows when nobody waits for its result any more. Whatever ends the
-    wait, Ctrl-C too, ends the whole group.
+    ends with this process. Whatever ends the wait, Ctrl-C or SIGKILL too, ends the whole group.
     """
     begin_s, peak_bytes = time.monotonic(), 0
     with log.open("a" if append else "w") as stream:
-        child = subprocess.Popen(
-            [str(word) for word in command], cwd=folder, env=dict(env), stdin=subprocess.PIPE, stdout=stream,
-            stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+        child = start(
+            command, cwd=folder, env=dict(env), stdin=subprocess.PIPE, stdout=stream, stderr=subprocess.STDOUT
+        )
     assert child.stdin is not None
     told_s = 0.0
     try:
@@ -76,14 +96,14 @@ class Worker:
     def __init__(self, command: Sequence[str], *, env: Mapping[str, str], log: Path) -> None:
         self.log = log
         with log.open("w") as stream:
-            self.process = subprocess.Popen(
-                list(command), env=dict(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True,
-                start_new_session=True,
-            )  # fmt: skip
+            self.process = start(
+                command, env=dict(env), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stream, text=True
+            )
 
     def ask(self, line: str, on_tick: Callable[[], None] = lambda: None) -> bool:
         """Have it do a job; whether it did. One that failed has ended, and so have all its children."""
-        child, answer = self.process, ""
+        child: subprocess.Popen[str] = self.process
+        answer = ""
         assert child.stdin is not None and child.stdout is not None
         try:
             with suppress(BrokenPipeError):

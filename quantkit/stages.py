@@ -59,6 +59,7 @@ def run_stage(stage: Stage, out: Path, *, display: Display, replace: bool = Fals
     key, digests = stage.key()
     if artifacts.is_fresh(out, key):
         display.console.print(f"[green]fresh[/] [bold]{stage.title}[/] ({out})", highlight=False)
+        artifacts.tidy(out)
     else:
         with (
             display.stage(stage.title) as report,

@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1] / "quantkit"
 ROOMS = [
     {"errors", "__init__"},
     {"provenance", "progress", "formats", "hardware", "losses", "shards", "speculation"},
-    {"quantization_config", "vllm_support", "processes"},
+    {"quantization_config", "vllm_support", "processes", "keeper"},
     {"artifacts", "architecture", "ranks"},
     {
         "kv_scheme",

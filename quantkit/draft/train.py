@@ -109,8 +109,8 @@ def train(
     progress = _Progress()
     accelerator.register_for_checkpointing(progress)
     state, best = folder / "state", folder / "best.safetensors"
-    if state.is_dir():
-        accelerator.load_state(str(state))
+    if (saved := _saved(state)) is not None:
+        accelerator.load_state(str(saved))
     head_VC = material.teacher.head_VC.to(accelerator.device, compute_dtype(accelerator.device.type))
     while not progress.over(plan):
         sources = [material]
@@ -356,14 +356,27 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _save(accelerator: Any, state: Path) -> None:
-    """Replace the saved state; a kill in between costs what was trained, never gives half a state."""
-    fresh = state.with_name("state.new")
+    """Replace the saved state, by names alone: whenever this process is killed, `_saved` finds a whole one."""
+    fresh, old = state.with_name("state.new"), state.with_name("state.old")
     if ranks.rank() == 0:
         shutil.rmtree(fresh, ignore_errors=True)
     ranks.barrier()
     accelerator.save_state(str(fresh), safe_serialization=False)  # safetensors tells of each tied head
     ranks.barrier()
     if ranks.rank() == 0:
-        shutil.rmtree(state, ignore_errors=True)
+        if state.is_dir():
+            state.rename(old)
         fresh.rename(state)
+        shutil.rmtree(old, ignore_errors=True)
     ranks.barrier()
+
+
+def _saved(state: Path) -> Path | None:
+    """The state to go on from; none is begun anew."""
+    if ranks.rank() == 0:
+        fresh, old = state.with_name("state.new"), state.with_name("state.old")
+        if not state.is_dir() and old.is_dir():
+            fresh.rename(state)  # the old one makes room when the new one is whole
+        shutil.rmtree(old, ignore_errors=True)
+    ranks.barrier()
+    return state if state.is_dir() else None

@@ -172,7 +172,7 @@ def foreground(
 
 
 def _start(settings: Settings, log: Path, extra: list[str], told: Path) -> "subprocess.Popen[bytes]":
-    """Start vLLM in a session of its own, so that its whole family can be ended and Ctrl-C does not reach it first."""
+    """Start vLLM in a session of its own: its whole family can be ended, and Ctrl-C does not reach it first."""
     log.parent.mkdir(parents=True, exist_ok=True)
     # The very entry point behind `vllm serve`; the command itself may belong to another environment on PATH. -P keeps
     # the bundle's folder, which -m would put first, off the module path: it has a folder named vllm.
@@ -188,10 +188,9 @@ def _start(settings: Settings, log: Path, extra: list[str], told: Path) -> "subp
     ]
     env = vllm_environment.process_environment(on_cpu=settings.profile == "cpu") | {SCALES_VARIABLE: str(told)}
     with log.open("wb") as stream:
-        return subprocess.Popen(
-            command, cwd=settings.folder, env=env, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
+        return processes.start(
+            command, cwd=settings.folder, env=env, stdin=subprocess.DEVNULL, stdout=stream, stderr=subprocess.STDOUT
+        )
 
 
 def _wait_until_healthy(
