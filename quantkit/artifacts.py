@@ -213,7 +213,8 @@ def _only_begun(out: Path) -> bool:
     if any(path.name != PARTIAL_NAME for path in out.iterdir()):
         return False
     partial = out / PARTIAL_NAME
-    return not partial.exists() or {path.name for path in partial.iterdir()} <= {_LOCK, f".{_KEY}.tmp"}
+    found = {path.name for path in partial.iterdir()} if partial.exists() else set()
+    return found <= {_LOCK, _KEY, f".{_KEY}.tmp"} and (_KEY not in found or (partial / _KEY).read_text() == _EMPTYING)
 
 
 def _empty(out: Path) -> None:

@@ -164,6 +164,11 @@ def chats(
         session, checkpoint, tokenizer, count, longest=prompt_tokens, seed=seed, folder=folder, report=report
     )
     asked = list(dict.fromkeys(written))[:count]
+    if not asked:
+        raise QuantkitError(
+            f"self:{count}: {checkpoint} finished no prompt of at most {prompt_tokens} tokens: give text from a file, or "
+            "an instruct model"
+        )
     rendered = [render(tokenizer, question) for question in asked]
     exchanges = answers(
         session, checkpoint, rendered, longest=answer_tokens, seed=seed, folder=folder, report=report,

@@ -81,5 +81,6 @@ def write_draft(out: Path, config: dict[str, Any], weights: Tensors, companions:
     names = [name for name in weights if not name.startswith("model.layers.")]
     names += [name for layer in range(layers) for name in weights if name.startswith(layer_prefix(layer))]
     write_weights(out, (held(name, weights[name].to(torch.float16)) for name in names))
-    artifacts.write_json(out / "config.json", config | {"dtype": "float16", "torch_dtype": "float16"})
     copy_companions(companions, out)
+    # last: its presence means that the draft is whole
+    artifacts.write_json(out / "config.json", config | {"dtype": "float16", "torch_dtype": "float16"})

@@ -1,6 +1,7 @@
 """Reference and candidate over the same windows, one decoder layer in memory at a time: nll, KL and agreement."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -86,8 +87,8 @@ def read(
     arch, ids_ST = checkpoint.arch, windows.input_ids_ST
     lengths_S = windows.lengths_S.tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
-    spilled = path.with_suffix(".states")
-    hidden_STC = _room((*ids_ST.shape, arch.hidden_size), spilled)
+    own = path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")  # another process may be at the same
+    hidden_STC = _room((*ids_ST.shape, arch.hidden_size), own.with_suffix(".states"))
     embedding_VC = checkpoint.dense("model.embed_tokens.weight", dtype=torch.float32)
     for number, ids_T in enumerate(ids_ST):
         hidden_STC[number] = embedding_VC[ids_T]
@@ -108,8 +109,8 @@ def read(
             watched.append(hidden_STC[0, : min(_WATCHED, lengths_S[0])].clone())
     report(what, arch.num_layers, arch.num_layers)
     before_ST = windows.scored_ST.roll(-1, 1)  # a token's state predicts the next one
-    save_tensors(path, {"hidden": hidden_STC[before_ST], "watched": torch.stack(watched)})
-    spilled.unlink(missing_ok=True)
+    save_tensors(own, {"hidden": hidden_STC[before_ST], "watched": torch.stack(watched)})
+    own.replace(path)
     return States(path)
 
 
@@ -117,7 +118,12 @@ def _room(shape: tuple[int, ...], spilled: Path) -> Tensor:
     size = torch.Size(shape).numel()
     if 4 * size <= _IN_MEMORY:
         return torch.empty(shape)
-    return torch.from_file(str(spilled), shared=True, size=size, dtype=torch.float32).view(shape)
+    # Taken at once: a mapped file that finds the disk full when it is written to ends the process by SIGBUS.
+    with spilled.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, 4 * size)
+    mapped = torch.from_file(str(spilled), shared=True, size=size, dtype=torch.float32).view(shape)
+    spilled.unlink()  # mapped it lives on, and no longer than this process
+    return mapped
 
 
 def compare(
