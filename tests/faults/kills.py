@@ -47,7 +47,9 @@ class Run:
     """A `quantkit run` in a process, group and session of its own."""
 
     def __init__(self, arguments: Sequence[str | Path], log: Path) -> None:
-        self.log, self.begin = log, log.stat().st_size if log.exists() else 0
+        log.touch()
+        self.log, self.begin = log, log.stat().st_size
+        log.touch()
         self.code: int | None = None
         words = [str(word) for word in arguments]
         sys.stdout.flush()

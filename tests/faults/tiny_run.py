@@ -1,4 +1,4 @@
-"""A run that has every stage of recipes/quickstart.yaml, on a two-layer Llama: what the tests of this room break."""
+"""A run that has every stage of recipes/quickstart.yaml, on a Llama of four layers: what the tests of this room break."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def write_gguf(checkpoint: Path, out: Path) -> Path:
     return out
 
 
-def write_inputs(folder: Path, *, effort: str = "default", layers: int = 2) -> Path:
+def write_inputs(folder: Path, *, effort: str = "default", layers: int = 4) -> Path:
     """Write model, texts, prompts and recipe; returns the recipe. With effort high vLLM writes calibration text too."""
     write_tiny_llama(folder / "model", layers=layers)
     things = ("harbour", "town", "ship", "library", "sentence", "colour", "thing", "count", "wind", "west")
@@ -77,7 +77,7 @@ def write_inputs(folder: Path, *, effort: str = "default", layers: int = 2) -> P
         "calibration": {
             "text": [str(write_text(folder / "calibration.txt", words=3000, seed=1))], "samples": 8, "length": 64,
         },
-        "quantize": {"effort": effort, "format": "compressed-tensors", "group_size": 32, "kv_cache": "fp8"},
+        "quantize": {"effort": effort, "format": "compressed-tensors", "group_size": 32},
         "evaluate": {
             "text": [str(write_text(folder / "held_out.txt", words=3000, seed=2))], "samples": 4, "length": 64,
             "chat": str(prompts), "chat_tokens": 16, "profile": "none",
