@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
 
 from quantkit import __version__, provenance
 from quantkit.errors import QuantkitError
@@ -19,6 +20,7 @@ from quantkit.errors import QuantkitError
 MANIFEST_NAME = "quantkit.json"
 PARTIAL_NAME = ".partial"
 _KEY, _LOCK = "key", "lock"  # in .partial: whose work it is, and that somebody is at it
+_FULL_BYTES = 1 << 20  # no more free, and the disk is the cause of whatever failed
 _EMPTYING = "is being emptied"  # instead of a key; what a kill then leaves is emptied again, never gone on with
 
 Kind = Literal["checkpoint", "tokens", "quantized", "answers", "draft", "report", "bundle", "served", "bench"]
@@ -158,7 +160,8 @@ def making(
         _refuse(out, key, replace=replace)  # another process may have finished it meanwhile
         _claim(out, key)
         work = Work(out, meter)
-        yield work
+        with _full_disk_told(out):
+            yield work
         files = record_files(out)
         manifest = Manifest(
             kind=kind, key=key, inputs=dict(inputs), settings=dict(settings), results=work.results, files=files,
@@ -174,6 +177,17 @@ def tidy(out: Path) -> None:
     if (out / PARTIAL_NAME).is_dir():
         with _exclusive(out):
             _remove(out / PARTIAL_NAME, keep=(_LOCK,))
+
+
+@contextmanager
+def _full_disk_told(out: Path) -> Iterator[None]:
+    """Raise the system's own error where others came because the disk is full: libraries and vLLM's log hide it."""
+    try:
+        yield
+    except (QuantkitError, RuntimeError, SafetensorError) as error:
+        if shutil.disk_usage(out).free > _FULL_BYTES:
+            raise
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
 
 
 def _refuse(out: Path, key: str, *, replace: bool) -> None:
@@ -243,9 +257,10 @@ def _exclusive(out: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            # Nothing to go on from stays behind an error before the key was written, or behind the manifest.
+            # What holds nothing to go on from claims no folder: another input may be given the next time.
             with suppress(OSError):
-                if {path.name for path in (out / PARTIAL_NAME).iterdir()} == {_LOCK}:
+                left = {path.name for path in (out / PARTIAL_NAME).iterdir()}
+                if left == {_LOCK} or (left == {_LOCK, _KEY} and len(list(out.iterdir())) == 1):
                     shutil.rmtree(out / PARTIAL_NAME)
 
 

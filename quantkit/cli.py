@@ -24,6 +24,7 @@ _DISK_ERRORS = {
     errno.EDQUOT: "the disk quota is used up: free some space and run the same command again",
     errno.EROFS: "the file system is read-only: choose another --out",
     errno.EACCES: "permission denied: choose an --out that you may write",
+    errno.ENOENT: "is not there any more: put it back and run the same command again; it goes on where it stopped",
 }
 
 
@@ -38,11 +39,11 @@ def _friendly(command: Command) -> Command:
             click.secho(f"error: {error}", fg="red", err=True)
             sys.exit(error.exit_code)
         except OSError as error:
-            if error.errno not in _DISK_ERRORS:
+            number = errno.ENOENT if isinstance(error, FileNotFoundError) else error.errno  # safetensors gives none
+            if number not in _DISK_ERRORS:
                 raise
-            click.secho(
-                f"error: {error.filename or ''} {_DISK_ERRORS[error.errno]}".replace("  ", " "), fg="red", err=True
-            )
+            where = error.filename2 or error.filename or (error if error.errno is None else None)
+            click.secho(f"error: {f'{where}: ' if where else ''}{_DISK_ERRORS[number]}", fg="red", err=True)
             sys.exit(QuantkitError.exit_code)
         except KeyboardInterrupt:
             click.secho("stopped; the same command goes on where it was", fg="yellow", err=True)

@@ -166,8 +166,8 @@ def chats(
     asked = list(dict.fromkeys(written))[:count]
     if not asked:
         raise QuantkitError(
-            f"self:{count}: {checkpoint} finished no prompt of at most {prompt_tokens} tokens: give text from a file, or "
-            "an instruct model"
+            f"self:{count}: {checkpoint} finished no prompt of at most {prompt_tokens} tokens: give text from a file, "
+            "or an instruct model"
         )
     rendered = [render(tokenizer, question) for question in asked]
     exchanges = answers(

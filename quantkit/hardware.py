@@ -48,6 +48,14 @@ def lacks_avx512() -> bool:
     return _capabilities().get("architecture") == "x86_64" and not _cpu_has("avx512_f")
 
 
+def allow_amx() -> None:
+    """Ask Linux for AMX's registers, where the processor has them: without that their first use is an illegal one."""
+    import torch
+
+    if _cpu_has("amx_tile", "amx_bf16", "amx_int8"):
+        torch.cpu._init_amx()
+
+
 def _is_glibc() -> bool:
     return platform.libc_ver()[0] == "glibc"
 

@@ -43,6 +43,7 @@ class Stage(NamedTuple):
     settings: dict[str, Any]
     make: Callable[[Work, Report], None]
     verdict: Callable[[Manifest], None] = lambda manifest: None  # raises when the result must stop the run
+    look: Callable[[], object] = lambda: None  # raises when an input is not whole, before anything of `out` is touched
 
     def key(self) -> tuple[str, dict[str, str]]:
         """The name of the work, and the digests of its inputs."""
@@ -61,6 +62,7 @@ def run_stage(stage: Stage, out: Path, *, display: Display, replace: bool = Fals
         display.console.print(f"[green]fresh[/] [bold]{stage.title}[/] ({out})", highlight=False)
         artifacts.tidy(out)
     else:
+        stage.look()
         with (
             display.stage(stage.title) as report,
             artifacts.making(out, stage.kind, inputs=digests, settings=stage.settings, replace=replace) as work,
@@ -128,7 +130,15 @@ def quantize(
     shape = {"quantize": settings.model_dump(), "calibration": _windows(calibration), "seed": seed}
     if not native:
         shape["pins"] = registry.digest(settings.engine)
-    return Stage("quantize", "quantized", {"checkpoint": checkpoint}, shape, make)
+
+    def look() -> None:
+        from quantkit import checkpoint as checkpoints
+        from quantkit import tokens
+
+        checkpoints.open_checkpoint(checkpoint, quantized=False)
+        tokens.load_tokenizer(checkpoint)
+
+    return Stage("quantize", "quantized", {"checkpoint": checkpoint}, shape, make, look=look)
 
 
 def engine_problems(settings: Quantize, *, memory_budget: int | None = None) -> list[str]:
@@ -319,7 +329,16 @@ def evaluate(
     }  # fmt: skip
     inputs = {"candidate" if not number else f"candidate-{number + 1}": path for number, path in enumerate(candidates)}
     inputs |= {"reference": reference} | ({"draft": draft} if draft else {})
-    return Stage("eval", "report", inputs, shape, make, verdict)
+
+    def look() -> None:
+        from quantkit import checkpoint as checkpoints
+        from quantkit import tokens
+
+        for path in (reference, *candidates):
+            checkpoints.open_checkpoint(path)
+            tokens.load_tokenizer(path)
+
+    return Stage("eval", "report", inputs, shape, make, verdict, look)
 
 
 def _candidate(path: Path, among: Sequence[Path]) -> "Candidate":
@@ -417,7 +436,16 @@ def train_draft(
     shape = {"draft": settings.model_dump(), "prompts": text.describe([settings.prompts]), "seed": seed}
     if with_head:
         shape["pins"] = registry.digest(_HEAD_ENGINE)
-    return Stage("train-draft", "draft", inputs, shape, make)
+
+    def look() -> None:
+        from quantkit import checkpoint as checkpoints
+        from quantkit import tokens
+
+        for path in inputs.values():
+            checkpoints.open_checkpoint(path)
+            tokens.load_tokenizer(path)
+
+    return Stage("train-draft", "draft", inputs, shape, make, look=look)
 
 
 def _quantize_draft(

@@ -2,7 +2,9 @@
 
 vLLM's own CPU kernel is compiled for AVX-512 and newer alone, yet offers itself everywhere and dies at the first token
 on the missing operator `cpu_gemm_wna16`. The one here unpacks a linear once, at load, and multiplies in float32: the
-numbers of the dequantized weights, at eight times the memory of the packed ones. On other processors it does nothing.
+numbers of the dequantized weights, at eight times the memory of the packed ones. On processors with AMX, which Linux
+gives to a process that asks for it alone, vLLM's kernel does not ask, and dies at the first token of a model whose
+linears are all in 4 bits: it is asked for here.
 
 vLLM says of no scale whether it came from the checkpoint or is the 1.0 that stands for a missing one. Where the
 variable SCALES_VARIABLE names a folder, each of its processes writes there what its attention layers hold once they are
@@ -27,7 +29,10 @@ def register() -> None:
         _tell_scales(Path(folder))
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu() or not hardware.lacks_avx512():
+    if not current_platform.is_cpu():
+        return
+    hardware.allow_amx()
+    if not hardware.lacks_avx512():
         return
     from vllm.model_executor.kernels.linear import register_linear_kernel
 

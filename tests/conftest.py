@@ -15,13 +15,17 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from quantkit.cli import main
+
 pytest_plugins = ("tests.browser",)
 
 WriteLlama = Callable[..., Path]
+Quantkit = Callable[..., Result]
 
 CORPUS = (
     "The harbour of the town lies open to the west, and when the wind blows from there no ship can leave it. "
@@ -106,6 +110,16 @@ def write_text(path: Path, *, words: int, seed: int) -> Path:
     picks = torch.randint(len(WORDS), (words,), generator=torch.Generator().manual_seed(seed)).tolist()
     path.write_text(" ".join(WORDS[pick] for pick in picks) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def quantkit() -> Quantkit:
+    """Call the command line in this process: torch, which takes long to import, is there already."""
+
+    def call(*arguments: object) -> Result:
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return call
 
 
 @pytest.fixture(scope="session")

@@ -6,21 +6,6 @@ from typing import Any
 
 import pytest
 import yaml
-from click.testing import CliRunner, Result
-
-from quantkit.cli import main
-
-Quantkit = Callable[..., Result]
-
-
-@pytest.fixture(scope="session")
-def quantkit() -> Quantkit:
-    """Call the command line in this process: torch, which takes long to import, is there already."""
-
-    def call(*arguments: object) -> Result:
-        return CliRunner().invoke(main, [str(argument) for argument in arguments])
-
-    return call
 
 
 @pytest.fixture(scope="session")

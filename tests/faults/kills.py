@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -57,7 +58,7 @@ class Run:
         self.pid = os.fork()
         if self.pid == 0:
             os.setsid()
-            with log.open("ab") as stream, open(os.devnull, "rb") as nothing:
+            with log.open("ab") as stream, Path(os.devnull).open("rb") as nothing:
                 for number, file in ((0, nothing), (1, stream), (2, stream)):
                     os.dup2(file.fileno(), number)
             _command(words)
@@ -88,13 +89,12 @@ def _command(words: list[str]) -> None:
         main(words, prog_name="quantkit", standalone_mode=True)
     except SystemExit as end:
         code = end.code or 0
-    except BaseException:  # what Python itself would print
-        import traceback
-
-        traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 1)
+    finally:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()  # what Python itself would print
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
 
 
 def descendants(pid: int) -> list[int]:
@@ -268,7 +268,8 @@ def main() -> None:
         checked = [one.model_dump() for one in check.check(out / "bundle") if not one.passed]
     print(json.dumps({
         "seed": options.seed, "kills": len(tormentor.kills), "seconds": round(time.monotonic() - begin_s, 1),
-        "by_stage": Counter(one.stage for one in tormentor.kills), "by_how": Counter(one.how for one in tormentor.kills),
+        "by_stage": Counter(one.stage for one in tormentor.kills),
+        "by_how": Counter(one.how for one in tormentor.kills),
         "children_hit": sum(one.children for one in tormentor.kills),
         "orphans": sum(one.orphans for one in tormentor.kills),
         "manifests_checked": sum(len(one.whole) for one in tormentor.kills),

@@ -1,4 +1,4 @@
-"""A run that has every stage of recipes/quickstart.yaml, on a Llama of four layers: what the tests of this room break."""
+"""A run with every stage of recipes/quickstart.yaml, on a Llama of four layers: what the tests of this room break."""
 
 import json
 from pathlib import Path
