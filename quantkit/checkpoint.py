@@ -72,7 +72,13 @@ class Checkpoint:
         assert storage is not None, f"there is no {name}"
         stored = self.read(each for each in self.shards if each.startswith(f"{linear}."))
         shape = linear_shapes(self.arch)[linear.split(".", 3)[-1]]
-        return formats.dequantize(unpack_linear(stored, linear, shape, storage)).to(dtype)
+        try:
+            return formats.dequantize(unpack_linear(stored, linear, shape, storage)).to(dtype)
+        except ValueError as error:
+            raise QuantkitError(
+                f"{self.path}: {linear} is not stored as config.json says ({error}): quantize it again, or mend the "
+                "quantization_config"
+            ) from error
 
     def kv_scales(self, index: int) -> Scales | None:
         """What vLLM divides a layer's queries, keys and values by for an FP8 cache; None where the files bring nothing.

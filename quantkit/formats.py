@@ -230,6 +230,11 @@ def unpack(storage: Storage, tensors: Mapping[str, Tensor], *, shape: tuple[int,
     quantized = format.unpack(tensors, bits=storage.bits, group_size=storage.group_size)
     if tuple(quantized.integers_OI.shape) != shape:
         raise ValueError(f"the packed weight is {tuple(quantized.integers_OI.shape)}, config.json asks for {shape}")
+    # vLLM goes by config.json: it would not read these zero points, or wait for such as are not there
+    if storage.symmetric and not quantized.grid.symmetric:
+        raise ValueError("there are zero points of its own, and config.json says symmetric")
+    if storage.format == "compressed-tensors" and quantized.grid.symmetric and not storage.symmetric:
+        raise ValueError("weight_zero_point is missing, and config.json says asymmetric")
     return quantized
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict
 
+from quantkit.errors import QuantkitError
+
 Profile = Literal["gpu", "cpu"]
 Speculate = Literal["auto", "always", "never"]
 
@@ -17,6 +19,7 @@ TOKENS_WITHOUT_PLAN = 4
 # How far below its expectation a speed-up is held for possible: two, as drafts for one answer resemble each other and
 # counts alone, which know nothing of that, give too small a standard error.
 STANDARD_ERRORS = 2
+_ROUNDED = 2e-3  # of an accepted length: both are written with some digits
 
 
 class Option(BaseModel):
@@ -90,10 +93,22 @@ class Decision(NamedTuple):
 
 
 def read(results: Mapping[str, Any]) -> dict[Profile, Plan]:
-    """The plans in the results of a draft's manifest; none where it was made without."""
+    """The plans in the results of a draft's manifest; none where it was made without.
+
+    Raises:
+        QuantkitError: a plan counts on another accepted length than vLLM counted, by the same results.
+    """
     plans: dict[Profile, Plan] = {}
     for plan in map(Plan.model_validate, results.get(RESULTS_KEY, [])):
         plans[plan.profile] = plan
+    counted = results.get("acceptance", {}).get(results.get("kept"), {}).get("0", {}).get("vllm")
+    for plan in plans.values() if counted else ():
+        said = plan.accepted_length[plan.measured_positions - 1]
+        if abs(said - counted["accepted_length"]) > _ROUNDED * said:
+            raise QuantkitError(
+                f"the draft's plan counts on an accepted length of {said:g}, and vLLM counted "
+                f"{counted['accepted_length']:g}: run quantkit train-draft again"
+            )
     return plans
 
 

@@ -496,6 +496,7 @@ def bundle(
 
         report("writing the bundle", 0, 0)
         manifest = artifacts.read_manifest(draft) if draft else None
+        raise_all(_of_others(target, draft, report_dir, decided=bench_dir is None and settings.speculate == "auto"))
         plans = speculation.read(manifest.results if manifest else {}) if draft else None
         if plans is not None and bench_dir is not None:
             plans |= _benched(bench_dir, target, draft)
@@ -511,6 +512,26 @@ def bundle(
     found = {"target": target, "draft": draft, "report": report_dir, "bench": bench_dir}
     inputs = {name: path for name, path in found.items() if path is not None}
     return Stage("bundle", "bundle", inputs, {"serve": settings.model_dump()}, make)
+
+
+def _of_others(target: Path, draft: Path | None, report_dir: Path | None, *, decided: bool) -> list[str]:
+    """What was measured on another target than this one, and would speak for it.
+
+    decided: whether the draft's plan decides if the bundle speculates.
+    """
+    problems, digest = [], artifacts.digest(target)
+    judged = artifacts.read_manifest(report_dir) if report_dir else None
+    if judged is not None and digest not in judged.inputs.values():
+        problems.append(
+            f"report {report_dir} judges another checkpoint than {target}: run quantkit eval on it, or give no --report"
+        )
+    trained = artifacts.read_manifest(draft) if draft else None
+    if trained is not None and decided and trained.inputs.get("target", digest) != digest:
+        problems.append(
+            f"draft {draft} was trained for another target than {target}, so its plan does not say if it pays here: "
+            "run quantkit train-draft on this one, give a --bench of the two, or --speculate always or never"
+        )
+    return problems
 
 
 def _benched(bench_dir: Path, target: Path, draft: Path | None) -> "dict[Profile, Plan]":

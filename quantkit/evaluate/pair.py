@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from quantkit import artifacts, tokens
+from quantkit import artifacts, decoder, tokens
+from quantkit.architecture import layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.evaluate.windows import Windows
@@ -15,6 +17,9 @@ from quantkit.tokens import TokenSet
 _SHARED = 0.01  # of the held-out text's 32-token runs may also stand in the calibration text by chance
 _APART = 0.3  # relative difference of the embeddings of a few tokens, which no quantizer changes by much
 _ROWS = 64
+# What 4 bits round away of a linear is a tenth or two of it; other weights, or these in wrong places, differ by 1.
+_OTHER = 0.6
+_POSITIONS = 64
 _PROBE = "Name three colours, one of them blue; 17 + 25 = 42."
 
 
@@ -24,7 +29,7 @@ def check(reference: Checkpoint, candidate: Checkpoint, *, base: str) -> None:
     base: the reference's digest.
 
     Raises:
-        QuantkitError: another size or base, other weights, another BOS, tokenizer or chat template.
+        QuantkitError: another size or base, other weights or positions, another BOS, tokenizer or chat template.
     """
     problems = []
     sizes = [each.arch._replace(tied_embeddings=True) for each in (reference, candidate)]
@@ -37,8 +42,46 @@ def check(reference: Checkpoint, candidate: Checkpoint, *, base: str) -> None:
         apart = _embeddings_apart(reference, candidate)
         if apart > _APART:
             problems.append(f"the embeddings of {_ROWS} tokens differ by {apart:.0%}: {give}")
+        before, after = (
+            decoder.rotation(each.config, _POSITIONS, dtype=torch.float32, device="cpu")
+            for each in (reference, candidate)
+        )
+        if not all(torch.equal(one, other) for one, other in zip(before, after, strict=True)):
+            problems.append(
+                "its rotary embeddings are others (rope_theta, rope_scaling): take both from the reference's config"
+            )
+        problems += [] if problems else _other_linears(reference, candidate)
     problems += _tokenizer_problems(reference.path, candidate.path)
     raise_all([f"{candidate.path} was not made from {reference.path}: {problem}" for problem in problems])
+
+
+def _other_linears(reference: Checkpoint, candidate: Checkpoint) -> list[str]:
+    """The quantized linears that hold something else than the reference's weights, rounded: one line for the first.
+
+    Quantizers fold scales of inputs into what is before a linear, so rows and columns may have scales of their own.
+    """
+    found = []
+    for index in range(reference.arch.num_layers if candidate.storages else 0):
+        for linear in linear_shapes(reference.arch):
+            name = layer_prefix(index) + linear
+            if candidate.storages is None or candidate.storages.of(name) is None:
+                continue  # pruned, or tuned: what that does is for the gates to say
+            wanted, held = (each.dense(f"{name}.weight", dtype=torch.float32) for each in (reference, candidate))
+            if (apart := _apart_but_for_scales(wanted, held)) > _OTHER:
+                found.append(f"{name} ({apart:.0%} apart)")
+    if not found:
+        return []
+    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
+    return [f"{found[0]}{more} holds other weights than the reference's, or holds them in the wrong places"]
+
+
+def _apart_but_for_scales(wanted_OI: Tensor, held_OI: Tensor) -> float:
+    """|held - rows * wanted * columns| / |held|, with the scales of rows and columns that make it least, by turns."""
+    scaled_OI = wanted_OI
+    for axis in (0, 1, 0, 1):
+        shared = (held_OI * scaled_OI).sum(axis, keepdim=True)
+        scaled_OI = scaled_OI * (shared / scaled_OI.square().sum(axis, keepdim=True).clamp_min(1e-30))
+    return float((held_OI - scaled_OI).norm() / held_OI.norm().clamp_min(1e-30))
 
 
 def _base(candidate: Path) -> str | None:

@@ -59,7 +59,7 @@ def build(
     sources: Mapping[str, str],
     decisions: Mapping[Profile, Decision] | None = None,
 ) -> None:
-    """Write the bundle into `work.out`. Everything is checked before the first byte is written.
+    """Write the bundle into `work.out`. Everything but the digests of the files is checked before the first is written.
 
     Weights are hard links where the file system allows it: a bundle costs no second copy.
 
@@ -87,6 +87,7 @@ def build(
     if report:
         _carry_report(report, work.out / REPORT_DIR)
     carried = artifacts.record_files(work.out)
+    raise_all(_changed(carried, {TARGET_DIR: target, DRAFT_DIR: draft, REPORT_DIR: report}))
     for profile in CONFIG_FILES:
         path = work.out / CONFIG_FILES[profile]
         path.parent.mkdir(exist_ok=True)
@@ -111,6 +112,18 @@ def build(
         measured=record["measured"], warnings=record["warnings"],
         speculation={profile: decision.why for profile, decision in (decisions or {}).items()},
     )  # fmt: skip
+
+
+def _changed(carried: Mapping[str, artifacts.FileRecord], parts: Mapping[str, Path | None]) -> list[str]:
+    """The carried files that are not those that a part's manifest vouches for: what was measured was not these."""
+    problems = []
+    for role, path in parts.items():
+        manifest = artifacts.read_manifest(path) if path else None
+        for name, record in (manifest.files if manifest else {}).items():
+            found = carried.get(f"{role}/{name}")
+            if found is not None and found.sha256 != record.sha256:
+                problems.append(f"{role} {path}: {name} has changed since its manifest was written: make it again")
+    return problems
 
 
 def checkpoint_problems(checkpoint: Path, role: str) -> list[str]:
@@ -142,7 +155,22 @@ def checkpoint_problems(checkpoint: Path, role: str) -> list[str]:
             )
     if not (checkpoint / "tokenizer.json").is_file():
         found.append(f"{role} {checkpoint} has no tokenizer.json: save a fast tokenizer into it")
+    else:
+        found += _beyond_embedding(checkpoint, role)
     return found
+
+
+def _beyond_embedding(checkpoint: Path, role: str) -> list[str]:
+    """Tokens whose id has no row in the embedding: a client that writes one ends the server, or reads beyond it."""
+    rows = _json(checkpoint / "config.json").get("vocab_size")
+    ids = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab(with_added_tokens=True)
+    beyond = sorted(token for token, number in ids.items() if isinstance(rows, int) and number >= rows)
+    if not beyond:
+        return []
+    return [
+        f"{role} tokenizer.json has {len(beyond)} tokens ({', '.join(map(repr, beyond[:3]))}) beyond the {rows} rows "
+        "of the embedding: remove them from it"
+    ]
 
 
 def tokenizer_problems(target: Path, draft: Path) -> list[str]:

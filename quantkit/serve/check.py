@@ -16,6 +16,7 @@ from quantkit.capacity import sizing
 from quantkit.errors import QuantkitError
 from quantkit.serve import bundle as bundles
 from quantkit.serve import kv_scales, launch, signing
+from quantkit.serve import settings as flags
 from quantkit.serve.settings import CONFIG_FILES, DRAFT_DIR, PATH_TRAPS, TARGET_DIR, ServeSettings
 from quantkit.serve.verdict import Check, of_problems
 from quantkit.speculation import Profile
@@ -108,7 +109,7 @@ def _draft_checks(bundle: Path, draft: Path | None, record: dict[str, Any]) -> I
 
 
 def _check_record(bundle: Path, record: dict[str, Any]) -> Check:
-    """What bundle.json says of the checkpoints is what their own config.json says."""
+    """What bundle.json says of checkpoints and settings is what their own files say."""
     problems = []
     for role, key in ((TARGET_DIR, "quantization_config"), (DRAFT_DIR, "draft_quantization_config")):
         if not (bundle / role).is_dir():
@@ -120,8 +121,24 @@ def _check_record(bundle: Path, record: dict[str, Any]) -> Check:
             continue
         if config.get("quantization_config") != record[key]:
             problems.append(f"{key} differs from {role}/config.json")
+    problems += kv_scales.other_than_recorded(bundle, record)
+    problems += _other_settings(bundle, record)
     good = "no quantization" if not record["quantization_config"] else record["quantization_config"].get("quant_method")
     return of_problems("bundle.json agrees with the checkpoints", problems, good=str(good))
+
+
+def _other_settings(bundle: Path, record: dict[str, Any]) -> list[str]:
+    """The settings files that say something else than the settings in bundle.json come to."""
+    settings, problems = ServeSettings.of(record["settings"]), []
+    for profile, file in CONFIG_FILES.items():
+        wanted = yaml.safe_load(flags.to_yaml(settings, profile, sources={}))
+        try:
+            found = yaml.safe_load((bundle / file).read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError):
+            continue  # said by _check_paths
+        names = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+        problems += [f"{file}: {name} is {found.get(name)!r}, by bundle.json {wanted.get(name)!r}" for name in names]
+    return problems
 
 
 def _check_paths(bundle: Path, has_draft: bool) -> Check:
@@ -133,28 +150,28 @@ def _check_paths(bundle: Path, has_draft: bool) -> Check:
             kind = sizing.speculative_method(sizing.read_config(bundle / DRAFT_DIR))
     for file in CONFIG_FILES.values():
         try:
-            flags = yaml.safe_load((bundle / file).read_text(encoding="utf-8"))
+            found = yaml.safe_load((bundle / file).read_text(encoding="utf-8"))
         except (OSError, yaml.YAMLError) as error:
             problems.append(f"{file} cannot be read: {error}")
             continue
-        speculation = flags.get("speculative-config")
+        speculation = found.get("speculative-config")
         used = used or speculation is not None
         if speculation is not None and not has_draft:
             problems.append(f"{file}: speculative-config without the folder {DRAFT_DIR}")
         if speculation and kind and speculation.get("method") != kind:
             problems.append(f"{file}: method {speculation.get('method')}, but the draft is of the kind {kind}")
-        models = [str(flags.get("model"))] + ([str(speculation.get("model"))] if speculation else [])
+        models = [str(found.get("model"))] + ([str(speculation.get("model"))] if speculation else [])
         for model in models:
             if Path(model).is_absolute() or not (bundle / model).resolve().is_relative_to(bundle.resolve()):
                 problems.append(f"{file}: model {model} must be a folder inside the bundle")
             problems += [f"{file}: model {model} holds {trap!r}" for trap in PATH_TRAPS if trap in model.lower()]
-        problems += [f"{file}: {key} is dropped by vLLM: write dashes" for key in flags if "_" in key]
+        problems += [f"{file}: {key} is dropped by vLLM: write dashes" for key in found if "_" in key]
         problems += [
             f"{file}: {key}: false is dropped by vllm serve: write no-{key}: true"
-            for key, value in flags.items()
+            for key, value in found.items()
             if value is False
         ]
-        if "quantization" in flags:
+        if "quantization" in found:
             problems.append(f"{file}: quantization must be left to the checkpoint")
     if has_draft and not used:
         problems.append(f"the folder {DRAFT_DIR} is there and no settings file has a speculative-config")

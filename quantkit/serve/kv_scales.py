@@ -47,6 +47,22 @@ def expected(checkpoint: Path) -> dict[int, Scales]:
     return found
 
 
+def other_than_recorded(bundle: Path, record: Mapping[str, Any]) -> list[str]:
+    """The target's scales that are not those that were calibrated, by what quantization said of each layer."""
+    said = record["measured"].get(TARGET_DIR, {}).get("kv_cache") or {}
+    found = expected(bundle / TARGET_DIR)
+    problems = []
+    for index, layer in enumerate(said.get("layers") or []):
+        for which, note in layer.items():
+            held = found.get(index, {}).get(which)
+            if (
+                held is not None
+                and not np.isin(np.asarray(held, np.float32), np.asarray(note["scales"], np.float32)).all()
+            ):
+                problems.append(f"layer {index}: {which}_scale is {held}, calibrated was {note['scales']}")
+    return problems
+
+
 def differences(bundle: Path, folder: Path, *, roles: Sequence[str]) -> tuple[list[str], str]:
     """What the engine loaded otherwise than the bundle's checkpoints say, a line each; and what was seen, in words."""
     told = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.read_text().splitlines()]

@@ -152,7 +152,7 @@ LOST: dict[str, tuple[str, str, str]] = {
     "weights of the target": ("eval", "target/model.safetensors", "has neither model.safetensors nor"),
     "weights of the reference": ("eval", "model/model.safetensors", "has neither model.safetensors nor"),
     "tokenizer of the target": ("bundle", "target/tokenizer.json", "has no tokenizer.json"),
-    "weights to bundle": ("bundle", "target/model.safetensors", "no safetensors"),
+    "weights to bundle": ("bundle", "target/model.safetensors", "has no *.safetensors"),
     "model of the run": ("run", "tiny.gguf", "is not there: give the path of a .gguf file"),
     "prompts": ("run", "prompts.jsonl", "is not there: give a .txt, .md or .jsonl file"),
 }

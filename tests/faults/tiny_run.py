@@ -47,6 +47,7 @@ def write_gguf(checkpoint: Path, out: Path) -> Path:
     writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
+    writer.add_unk_token_id(config["bos_token_id"])
     writer.add_add_bos_token(False)
     writer.add_chat_template((checkpoint / "chat_template.jinja").read_text())
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
