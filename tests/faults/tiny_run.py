@@ -42,12 +42,13 @@ def write_gguf(checkpoint: Path, out: Path) -> Path:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
-    writer.add_token_list(sorted(tokenizer["vocab"], key=tokenizer["vocab"].get))
-    writer.add_token_types([3] * 4 + [1] * (config["vocab_size"] - 4))  # the first are control tokens
-    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"]])
+    # transformers adds this one, beyond the embedding's rows, where it is missing: it takes the place of the last merge
+    words = [*sorted(tokenizer["vocab"], key=tokenizer["vocab"].get)[:-1], "<|endoftext|>"]
+    writer.add_token_list(words)
+    writer.add_token_types([3] * 4 + [1] * (len(words) - 5) + [3])  # control tokens
+    writer.add_token_merges([" ".join(pair) for pair in tokenizer["merges"][:-1]])
     writer.add_bos_token_id(config["bos_token_id"])
     writer.add_eos_token_id(config["eos_token_id"])
-    writer.add_unk_token_id(config["bos_token_id"])
     writer.add_add_bos_token(False)
     writer.add_chat_template((checkpoint / "chat_template.jinja").read_text())
     for name, tensor in load_file(checkpoint / "model.safetensors").items():
