@@ -58,12 +58,22 @@ def test_other_work_in_the_folder_is_refused(tmp_path: Path) -> None:
 
 def test_an_interrupted_try_of_other_work_is_replaced_only_when_asked(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(RuntimeError), artifacts.making(out, "report", inputs={}, settings={"bits": 1}):
+    with pytest.raises(RuntimeError), artifacts.making(out, "report", inputs={}, settings={"bits": 1}) as work:
+        (work.partial / "layer-0").write_text("done")
         raise RuntimeError
     with pytest.raises(QuantkitError, match="did not write"):
         _make(out)
     _make(out, replace=True)
     assert artifacts.is_fresh(out, _key())
+
+
+def test_a_try_that_made_nothing_claims_nothing(tmp_path: Path) -> None:
+    """Its input was not whole, say; mended, it is another input, and another work."""
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError), artifacts.making(out, "report", inputs={}, settings={"bits": 1}):
+        raise RuntimeError
+    assert not list(out.iterdir())
+    _make(out)
 
 
 def test_files_that_quantkit_did_not_write_are_never_removed(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from quantkit.architecture import layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.evaluate.windows import Windows
+from quantkit.formats import grouped
 from quantkit.tokens import TokenSet
 
 _SHARED = 0.01  # of the held-out text's 32-token runs may also stand in the calibration text by chance
@@ -19,6 +20,7 @@ _APART = 0.3  # relative difference of the embeddings of a few tokens, which no 
 _ROWS = 64
 # What 4 bits round away of a linear is a tenth or two of it; other weights, or these in wrong places, differ by 1.
 _OTHER = 0.6
+_RESCALED = 0.12  # a group's factor is off by a hundredth or four; at another group's scale, by a fifth
 _POSITIONS = 64
 _PROBE = "Name three colours, one of them blue; 17 + 25 = 42."
 
@@ -56,32 +58,49 @@ def check(reference: Checkpoint, candidate: Checkpoint, *, base: str) -> None:
 
 
 def _other_linears(reference: Checkpoint, candidate: Checkpoint) -> list[str]:
-    """The quantized linears that hold something else than the reference's weights, rounded: one line for the first.
+    """The quantized linears that hold something else than the reference's weights, rounded: a line for each kind of it.
 
     Quantizers fold scales of inputs into what is before a linear, so rows and columns may have scales of their own.
     """
-    found = []
+    other, rescaled = [], []
     for index in range(reference.arch.num_layers if candidate.storages else 0):
         for linear in linear_shapes(reference.arch):
             name = layer_prefix(index) + linear
-            if candidate.storages is None or candidate.storages.of(name) is None:
+            storage = candidate.storages.of(name) if candidate.storages else None
+            if storage is None:
                 continue  # pruned, or tuned: what that does is for the gates to say
             wanted, held = (each.dense(f"{name}.weight", dtype=torch.float32) for each in (reference, candidate))
-            if (apart := _apart_but_for_scales(wanted, held)) > _OTHER:
-                found.append(f"{name} ({apart:.0%} apart)")
-    if not found:
-        return []
-    more = f" and {len(found) - 1} more" if len(found) > 1 else ""
-    return [f"{found[0]}{more} holds other weights than the reference's, or holds them in the wrong places"]
+            apart, off = _apart(wanted, held, storage.group_size)
+            if not apart <= _OTHER:  # NaN is none of its numbers
+                other.append(f"{name} ({apart:.0%} apart)")
+            elif off > _RESCALED:
+                rescaled.append(f"{name} ({off:.0%} off)")
+    return [
+        f"{found[0]}{f' and {len(found) - 1} more' if len(found) > 1 else ''} {what}"
+        for found, what in (
+            (other, "holds other weights than the reference's, or holds them in the wrong places"),
+            (rescaled, "holds its groups at other scales than the reference's"),
+        )
+        if found
+    ]
 
 
-def _apart_but_for_scales(wanted_OI: Tensor, held_OI: Tensor) -> float:
-    """|held - rows * wanted * columns| / |held|, with the scales of rows and columns that make it least, by turns."""
-    scaled_OI = wanted_OI
+def _apart(wanted_OI: Tensor, held_OI: Tensor, group_size: int) -> tuple[float, float]:
+    """How far a linear is from what it was made from, but for scales of its rows and columns; and its groups' scales.
+
+    The first is |held - rows * wanted * columns| / |held|, where rows and columns, by turns, make it least; the second
+    the root mean square of how far the groups' own best factors are from 1.
+    """
+    fitted_OI = wanted_OI
     for axis in (0, 1, 0, 1):
-        shared = (held_OI * scaled_OI).sum(axis, keepdim=True)
-        scaled_OI = scaled_OI * (shared / scaled_OI.square().sum(axis, keepdim=True).clamp_min(1e-30))
-    return float((held_OI - scaled_OI).norm() / held_OI.norm().clamp_min(1e-30))
+        shared = (held_OI * fitted_OI).sum(axis, keepdim=True)
+        fitted_OI = fitted_OI * (shared / fitted_OI.square().sum(axis, keepdim=True).clamp_min(1e-30))
+    apart = float((held_OI - fitted_OI).norm() / held_OI.norm().clamp_min(1e-30))
+    size = held_OI.shape[1] if group_size == -1 else group_size
+    held_OGi, fitted_OGi = (grouped(each, size) for each in (held_OI, fitted_OI))
+    weight_OG = fitted_OGi.square().sum(-1)
+    off_OG = (held_OGi * fitted_OGi).sum(-1) - weight_OG
+    return apart, float((off_OG / weight_OG.clamp_min(1e-30)).square().mean().sqrt())
 
 
 def _base(candidate: Path) -> str | None:

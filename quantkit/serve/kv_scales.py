@@ -53,13 +53,10 @@ def other_than_recorded(bundle: Path, record: Mapping[str, Any]) -> list[str]:
     found = expected(bundle / TARGET_DIR)
     problems = []
     for index, layer in enumerate(said.get("layers") or []):
-        for which, note in layer.items():
-            held = found.get(index, {}).get(which)
-            if (
-                held is not None
-                and not np.isin(np.asarray(held, np.float32), np.asarray(note["scales"], np.float32)).all()
-            ):
-                problems.append(f"layer {index}: {which}_scale is {held}, calibrated was {note['scales']}")
+        for name, note in layer.items():
+            held, calibrated = found.get(index, {}).get(name.removesuffix("_scale"), []), note["scales"]
+            if not np.isin(np.asarray(held, np.float32), np.asarray(calibrated, np.float32)).all():
+                problems.append(f"layer {index}: {name} is {held}, calibrated was {calibrated}")
     return problems
 
 
