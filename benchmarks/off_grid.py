@@ -40,7 +40,8 @@ def main(checkpoint: Path, out: Path, text: str, seed: int) -> None:
         blocks = weight_OI.unflatten(1, (-1, BLOCK))
         bins = (blocks.amax(-1) - blocks.amin(-1)) / STEPS
         noise_OI = ((torch.rand(blocks.shape, generator=generator) - 0.5) * bins[..., None]).flatten(1)
-        return weight_OI + noise_OI - (noise_OI @ directions_Ik) @ directions_Ik.T
+        moved_OI: Tensor = weight_OI + noise_OI - (noise_OI @ directions_Ik) @ directions_Ik.T
+        return moved_OI
 
     with torch.no_grad():
         for index in range(arch.num_layers):

@@ -9,6 +9,7 @@ Seconds of either are those that the computing thread took; other work on the ma
 import statistics
 import tempfile
 from pathlib import Path
+from typing import get_args
 
 import click
 
@@ -16,7 +17,7 @@ from quantkit import vllm_environment
 from quantkit.capacity import latency, measure, sizing, weights
 from quantkit.capacity.machines import Gpu
 from quantkit.capacity.weights import Model
-from quantkit.offline import Session, Timing
+from quantkit.offline import Dtype, Session, Timing
 
 SEQUENCES = (1, 8)
 PROMPT, STEPS = 32, 6
@@ -24,9 +25,12 @@ PROMPT, STEPS = 32, 6
 
 @click.command()
 @click.argument("checkpoints", nargs=-1, type=click.Path(path_type=Path), required=True)
-@click.option("--dtype", "dtypes", multiple=True, default=("bfloat16", "float32"), show_default=True)
+@click.option(
+    "--dtype", "dtypes", type=click.Choice(get_args(Dtype)), multiple=True, default=("bfloat16", "float32"),
+    show_default=True,
+)  # fmt: skip
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
-def main(checkpoints: tuple[Path, ...], dtypes: tuple[str, ...], rounds: int) -> None:
+def main(checkpoints: tuple[Path, ...], dtypes: tuple[Dtype, ...], rounds: int) -> None:
     """Print the table."""
     print("| checkpoint | activations | at once | vLLM, ms a step | estimated | estimated / vLLM |")
     print("|---|---|---|---|---|---|")
@@ -45,7 +49,7 @@ def main(checkpoints: tuple[Path, ...], dtypes: tuple[str, ...], rounds: int) ->
 
 
 def _in_turn(
-    session: Session, model: Model, dtype: str, rounds: int, folder: Path
+    session: Session, model: Model, dtype: Dtype, rounds: int, folder: Path
 ) -> tuple[dict[int, list[float]], list[Gpu]]:
     """Seconds of vLLM's steps by number of sequences, and the processor as it was measured around each round."""
     threads = int(vllm_environment.one_process(on_cpu=True)["OMP_NUM_THREADS"])

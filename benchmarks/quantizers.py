@@ -181,15 +181,15 @@ def _native(
 
 
 def _other(row: Row, checkpoint: Path, folder: Path, windows: Path, group_size: int, threads: int) -> dict[str, Any]:
-    environment.ensure(row.engine, lambda what, done, total: total < 0 and click.echo(what, err=True))
+    environment.ensure(row.engine, silent)
     job = contract.Job(
         checkpoint=str(checkpoint), tokens=str(windows), method=row.method, options=row.options,
         scheme=contract.Scheme(bits=4, group_size=group_size, symmetric=row.symmetric), seed=0, device="cpu",
         threads=threads, out=str(folder / "made"),
     )  # fmt: skip
     result, spent = contract.run(
-        row.engine, job, folder / "job", python=environment.python(row.engine), worker=registry.worker(row.engine),
-        report=silent,
+        row.engine, job, folder / "job", returns=contract.Result, python=environment.python(row.engine),
+        worker=registry.worker(row.engine), report=silent,
     )  # fmt: skip
     wanted = registry.storage(row.engine, method=row.method, bits=4, group_size=group_size, symmetric=row.symmetric)
     verify.check(open_checkpoint(folder / "made", quantized=True), open_checkpoint(checkpoint), wanted, silent)
@@ -248,7 +248,8 @@ def _logprobs(path: Path, windows: TokenSet) -> torch.Tensor:
     ids = windows.input_ids_ST
     with torch.no_grad():
         logits = build_model(open_checkpoint(path), dtype=torch.float32)(ids).logits[:, :-1]
-    return logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    said_ST: torch.Tensor = logits.log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    return said_ST
 
 
 if __name__ == "__main__":

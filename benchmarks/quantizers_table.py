@@ -75,7 +75,7 @@ def _served(row: dict[str, Any]) -> str:
     if row["served"] is None:
         return "not tried"
     if "error" in row:
-        return "refused: " + row["error"].splitlines()[0].replace("|", "\\|")
+        return "refused: " + str(row["error"]).splitlines()[0].replace("|", "\\|")
     distance = row["distance"]["dequantized"]
     return f"served ({distance:.3f})" if row["served"] else f"loads, other numbers ({distance:.3f})"
 

@@ -20,6 +20,8 @@ from quantkit.errors import QuantkitError
 RESULTS_NAME = "results.jsonl"
 TIMING_NAME, SECONDS_NAME = "timing.json", "seconds.json"
 
+Dtype = Literal["auto", "float16", "bfloat16", "float32"]
+
 
 class Request(BaseModel):
     """One prompt, as token ids, and what is asked of it."""
@@ -51,7 +53,7 @@ class Engine(BaseModel):
     model: str
     max_model_len: int
     max_num_seqs: int = 128
-    dtype: Literal["auto", "float16", "bfloat16", "float32"] = "auto"
+    dtype: Dtype = "auto"
     draft: str | None = None
     speculative_method: Literal["draft_model", "eagle3"] = "draft_model"
     speculative_tokens: int = 4

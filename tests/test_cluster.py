@@ -16,7 +16,8 @@ from quantkit.cli import main
 from quantkit.errors import QuantkitError
 from quantkit.offline import RESULTS_NAME, Job, Request, Session
 
-PATIENCE_S = 1800  # of a machine that is busy with other things
+PATIENCE_S = 600  # of a machine that is busy with other things
+EOS = 1  # of tiny_llama, at which what is sampled may end
 StartRay = Callable[..., AbstractContextManager[Any]]
 RayCluster = Any  # of conftest.py, which cannot be imported
 
@@ -80,7 +81,7 @@ def test_a_cluster_answers_as_this_machine_does_and_a_killed_driver_goes_on(
     assert [found[number] for number in greedy] == [here[number] for number in greedy]
     for request, result in zip(job.requests, found, strict=True):
         assert result.name == request.name
-        stopped = result.tokens[-1] in request.stop_token_ids
+        stopped = result.tokens[-1] in {*request.stop_token_ids, EOS}
         assert result.finished == ("stop" if stopped else "length")
         assert stopped or len(result.tokens) == request.max_tokens
 

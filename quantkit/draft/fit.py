@@ -113,9 +113,11 @@ def fitted(
             theirs = [each.behind(_out(_passage(weights, target, each), weights[_DOWN])) for each in theirs]
         passages = [_passage(own, target, each) for each in ours]
         pairs = [_weighed(p, each.states, own[_DOWN]) for p, each in zip(passages, theirs, strict=True)]
-        own[_DOWN] = own[_DOWN] + _moved(pairs[:taught], pairs[taught:]).to(own[_DOWN].dtype)
-        ours = [each.behind(_out(p, own[_DOWN])) for each, p in zip(ours, passages, strict=True)]
-        found |= {layer_prefix(place) + name: tensor.to("cpu", torch.float32) for name, tensor in own.items()}
+        stored = {name: tensor.float() for name, tensor in target.layer(begin).items()}  # own may be rounded to compute
+        stored[_DOWN] += _moved(pairs[:taught], pairs[taught:]).to("cpu")
+        down_CI = stored[_DOWN].to(own[_DOWN])
+        ours = [each.behind(_out(p, down_CI)) for each, p in zip(ours, passages, strict=True)]
+        found |= {layer_prefix(place) + name: tensor for name, tensor in stored.items()}
     report("fitting the draft's layers", arch.num_layers, arch.num_layers)
     return found
 

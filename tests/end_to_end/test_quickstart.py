@@ -1,13 +1,13 @@
 """The quickstart recipe itself, on the real 135M Llama: what it promises, and that the second run finds all fresh."""
 
 import json
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import Result
 
 from quantkit import hardware
 
@@ -16,11 +16,17 @@ pytestmark = [pytest.mark.vllm, pytest.mark.quickstart, pytest.mark.timeout(3600
 RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 
-def test_the_quickstart_keeps_its_promises(quantkit: Callable[..., Result], tmp_path: Path) -> None:
+def quantkit(*words: str | Path) -> "subprocess.CompletedProcess[str]":
+    """In a process of its own: a run's memory counts, and what other tests left in this one does not."""
+    program = Path(sys.executable).with_name("quantkit")
+    return subprocess.run([program, *words], capture_output=True, text=True, check=False)
+
+
+def test_the_quickstart_keeps_its_promises(tmp_path: Path) -> None:
     out = tmp_path / "quickstart"
     sooner = ("--set", "quantize.effort=fast", "--set", "draft.epochs=1")  # a quarter of an hour on two cores
     done = quantkit("run", RECIPE, "--out", out, *sooner)
-    assert done.exit_code == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, dict[str, Any]] = {
         folder: json.loads((out / folder / "quantkit.json").read_text())
         for folder in ("checkpoint", "target", "report", "draft", "bundle", "served")
@@ -53,5 +59,5 @@ def test_the_quickstart_keeps_its_promises(quantkit: Callable[..., Result], tmp_
     assert served["probe"]["proposed_tokens"] > 0 and served["probe"]["prefix_hit_tokens"] > 0
     begin_s = time.monotonic()
     again = quantkit("run", RECIPE, "--out", out, *sooner)
-    assert again.exit_code == 0 and again.stderr.count("fresh ") == len(found)
+    assert again.returncode == 0 and again.stderr.count("fresh ") == len(found)
     assert time.monotonic() - begin_s < 20

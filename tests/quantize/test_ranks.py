@@ -32,36 +32,27 @@ TORCHRUN = (
 )  # fmt: skip
 
 
-def test_two_ranks_make_what_one_makes(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path) -> None:
-    for name, launcher in (("one", ()), ("two", TORCHRUN)):
-        done = quantize(tmp_path / name, tiny_llama, texts[0], *launcher)
-        assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (open_checkpoint(tmp_path / name, quantized=True) for name in ("one", "two"))
-    for index in range(one.arch.num_layers):
-        for name, tensor in one.layer(index).items():
-            # A sum in another order may tip a weight to the next integer: few of them, and none further.
-            differing = (tensor != two.layer(index)[name]).float().mean()
-            assert differing < 0.02, (index, name)
-            assert (tensor - two.layer(index)[name]).abs().max() <= 0.2 * tensor.abs().max()
-    assert all(torch.equal(tensor, two.outer()[name]) for name, tensor in one.outer().items())
-
-
 @pytest.mark.vllm
-def test_two_ranks_are_as_near_to_the_original_at_effort_high(
-    tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
-) -> None:
-    """With so many windows some integer tips, and the scales of what comes after follow: other weights, as good."""
+@pytest.mark.parametrize("effort", ["default", "high"])
+def test_two_ranks_make_what_one_makes(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path, effort: str) -> None:
+    """The first layer's weights, but for a few; in later ones scales follow what was tipped there, to the same KL."""
     read = tokens.tokenize([str(texts[1])], tokens.load_tokenizer(tiny_llama), samples=32, length=64, seed=0)
-    held_out = windows.of_passages(read)
-    kl = []
+    held_out, kl, made = windows.of_passages(read), [], []
     for name, launcher in (("one", ()), ("two", TORCHRUN)):
-        done = quantize(tmp_path / name, tiny_llama, texts[0], *launcher, effort="high")
+        done = quantize(tmp_path / name, tiny_llama, texts[0], *launcher, effort=effort)
         assert done.returncode == 0, done.stderr[-2000:]
+        made.append(open_checkpoint(tmp_path / name, quantized=True))
         scores = divergence.beside(
-            open_checkpoint(tiny_llama), open_checkpoint(tmp_path / name, quantized=True), held_out, device="cpu",
-            folder=tmp_path / f"states-{name}", report=silent,
+            open_checkpoint(tiny_llama), made[-1], held_out, device="cpu", folder=tmp_path / f"states-{name}",
+            report=silent,
         )  # fmt: skip
         kl.append(float(scores.kl_N.double().mean()))
+    one, two = made
+    for name, tensor in one.layer(0).items():
+        apart = (tensor - two.layer(0)[name]).abs()
+        assert (apart > 0.01 * tensor.abs()).float().mean() < 0.02, name
+        assert apart.max() <= 0.2 * tensor.abs().max(), name
+    assert all(torch.equal(tensor, two.outer()[name]) for name, tensor in one.outer().items())
     assert kl[1] == pytest.approx(kl[0], rel=0.03)
 
 

@@ -156,6 +156,8 @@ def _start(stack: Stack, name: str, service: dict[str, Any], scratch: Path) -> "
         words = [CONFIG_FILES["cpu"] if word == CONFIG_FILES["gpu"] else word for word in words]
         words += [flag for one in processor.substitutes(stack.bundle) for flag in one.flags]
         environment = vllm_environment.process_environment(on_cpu=True) | environment
+        cores = sorted(os.sched_getaffinity(0))  # one each: bound to the same, the idle one waits for the loaded one
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[int(name[-1]) % len(cores)])
     if name == "proxy" and os.geteuid() == 0:
         words += ["-g", "user root;"]
     with (scratch / f"{name}.log").open("wb") as log:
@@ -257,18 +259,17 @@ def test_the_loaded_replica_is_avoided(stack: Stack) -> None:
         _wait(lambda: stack.counters("vllm-0")["vllm:kv_cache_usage_perc"] > 0.2, stack, 300)
         time.sleep(2)  # the router looks once a second
         with stack.outside() as client:
-            # Both replicas' workers are bound to one core: where others compute on it too, the first answer of the one
-            # that was idle was seen to take 38 s, in which the router may turn to the other. It does not count.
-            client.post("/v1/chat/completions", json=chat("No ships")).raise_for_status()
             before = stack.counters("vllm-1")["vllm:prompt_tokens_total"]
-            tokens = sum(
+            tokens = [
                 client.post("/v1/chat/completions", json=chat(f"{n} ships"))
                 .raise_for_status()
                 .json()["usage"]["prompt_tokens"]
-                for n in range(6)
-            )
-        # all six; a replica counts an answer when it has given it
-        _wait(lambda: stack.counters("vllm-1")["vllm:prompt_tokens_total"] - before == tokens, stack, 30)
+                for n in range(14)
+            ]
+        # All but two, for a machine so busy that the router is late: one that does not look sends 12 of 14 there
+        # once in 150 times. A replica counts an answer when it has given it.
+        most = sum(sorted(tokens)[:12])
+        _wait(lambda: stack.counters("vllm-1")["vllm:prompt_tokens_total"] - before >= most, stack, 30)
     finally:
         stop.set()
         for thread in threads:
