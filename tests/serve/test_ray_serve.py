@@ -87,7 +87,9 @@ def serving(cluster: Any, bundle: Path, file: str, server: str) -> Iterator[http
     here = bundle.parent / "serve.yaml"
     here.write_text(ray_serve.text(settings, file, "cpu").replace(ray_serve.PLACE, str(bundle)))
     log = bundle.parent / f"{server}.log"
-    command = [Path(sys.executable).with_name("serve"), "run", here, "--address", cluster.address]
+    # Serve ends, and gives up its port, with who hears SIGINT; what was started in the background may not.
+    command = ["env", "--default-signal=INT", Path(sys.executable).with_name("serve"), "run", here, "--address",
+               cluster.address]  # fmt: skip
     with log.open("w") as stream:
         process = subprocess.Popen(
             [str(word) for word in command], stdout=stream, stderr=stream, start_new_session=True
@@ -109,9 +111,9 @@ def serving(cluster: Any, bundle: Path, file: str, server: str) -> Iterator[http
             wait(answers)
             yield client
     finally:
-        os.killpg(process.pid, signal.SIGINT)  # Serve ends with it
+        os.killpg(process.pid, signal.SIGINT)
         try:
-            process.wait(120)
+            process.wait(PATIENCE_S)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
