@@ -181,7 +181,7 @@ def tidy(out: Path) -> None:
 
 @contextmanager
 def _full_disk_told(out: Path) -> Iterator[None]:
-    """Say that the disk is full where others do not: libraries have errors of their own, and vLLM's log is on it too."""
+    """Say that the disk is full where others do not: libraries have errors of their own; vLLM's log is on it too."""
     try:
         yield
     except (QuantkitError, RuntimeError, SafetensorError) as error:
