@@ -181,12 +181,16 @@ def tidy(out: Path) -> None:
 
 @contextmanager
 def _full_disk_told(out: Path) -> Iterator[None]:
-    """Raise the system's own error where others came because the disk is full: libraries and vLLM's log hide it."""
+    """Say that the disk is full where others do not: libraries have errors of their own; vLLM's log is on it too."""
     try:
         yield
     except (QuantkitError, RuntimeError, SafetensorError) as error:
         if shutil.disk_usage(out).free > _FULL_BYTES:
             raise
+        if isinstance(error, QuantkitError):
+            raise QuantkitError(
+                f"{error} (the disk of {out} is full: free some space and run the same command again)"
+            ) from error
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(out)) from error
 
 

@@ -109,6 +109,24 @@ def test_a_loss_that_is_no_number_says_what_to_lower(
         train.train(initial, material, PLAN._replace(learning_rate=1e30), folder=tmp_path, report=silent)
 
 
+@pytest.mark.parametrize(
+    ("left", "kept"),
+    [
+        (["state"], "state"), (["state", "state.new"], "state"), (["state.new", "state.old"], "state.new"),
+        (["state", "state.old"], "state"), (["state.new"], None), ([], None),
+    ],
+    ids=" and ".join,
+)  # fmt: skip
+def test_whenever_it_is_killed_a_whole_state_is_found(left: list[str], kept: str | None, tmp_path: Path) -> None:
+    """What a kill between two steps of replacing the state leaves: a new one may be half, unless the old made room."""
+    for name in left:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "was").write_text(name)
+    found = train._saved(tmp_path / "state")
+    assert (found and (found / "was").read_text()) == kept
+    assert not (tmp_path / "state.old").exists()
+
+
 def test_it_stops_where_nothing_is_gained_and_keeps_the_best(
     deep_llama: Path, exchanges: list[Exchange], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,7 +107,7 @@ def descendants(pid: int) -> list[int]:
             for task in Path(f"/proc/{one}/task").iterdir():
                 pending += [int(child) for child in (task / "children").read_text().split()]
         found += [one] if one != pid else []
-    sessions = {os.getsid(one) for one in found if _alive(one)} - {os.getsid(0)}
+    sessions = {os.getsid(one) for one in found if alive(one)} - {os.getsid(0)}
     everybody = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
     return sorted({*found, *(one for one in everybody if one != pid and _session(one) in sessions)})
 
@@ -119,7 +119,8 @@ def _session(pid: int) -> int:
         return -1
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process is there and has not ended: one that waits to be waited for has."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
     except OSError:
@@ -144,7 +145,7 @@ def kill(run: Run, how: str) -> tuple[str, int, int]:
         assert how == "children" or time.monotonic() - begin_s < _GONE_S, "a process outlived SIGKILL"
         time.sleep(_TICK_S)
     begin_s = time.monotonic()
-    while (left := sum(map(_alive, children))) and time.monotonic() - begin_s < _GONE_S:
+    while (left := sum(map(alive, children))) and time.monotonic() - begin_s < _GONE_S:
         time.sleep(0.02)
     return how, len(children), left
 

@@ -13,12 +13,14 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from quantkit import artifacts, pipeline
 from quantkit.recipe import Recipe
 
-# What Python tells an audit hook before it does it, of all that changes a folder.
-_STEPS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "shutil.rmtree", "fcntl.flock"}
+# What Python tells an audit hook before it does it, of all that changes a folder; of what is opened, what is written.
+_STEPS = {"open", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "fcntl.flock"}
+_WRITES = os.O_WRONLY | os.O_RDWR
 _MINE, _OTHER = {"bits": 4}, {"bits": 8}
 
 
@@ -78,8 +80,9 @@ def _in_a_child(work: Callable[[Path], None], out: Path, *, killed_at: int | Non
     if pid == 0:
         steps = itertools.count()
 
-        def hook(event: str, _: object) -> None:
-            if event in _STEPS and next(steps) == killed_at:
+        def hook(event: str, given: tuple[Any, ...]) -> None:
+            read = event == "open" and not given[2] & _WRITES
+            if event in _STEPS and not read and next(steps) == killed_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
         if killed_at is not None:
