@@ -115,7 +115,7 @@ def test_a_loss_that_is_no_number_says_what_to_lower(
         (["state"], "state"), (["state", "state.new"], "state"), (["state.new", "state.old"], "state.new"),
         (["state", "state.old"], "state"), (["state.new"], None), ([], None),
     ],
-    ids=" and ".join,
+    ids=lambda left: " and ".join(left) or "none" if isinstance(left, list) else None,
 )  # fmt: skip
 def test_whenever_it_is_killed_a_whole_state_is_found(left: list[str], kept: str | None, tmp_path: Path) -> None:
     """What a kill between two steps of replacing the state leaves: a new one may be half, unless the old made room."""
