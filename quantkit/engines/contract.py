@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from quantkit import artifacts, processes
-from quantkit.errors import QuantkitError
+from quantkit import artifacts, foreign, processes
+from quantkit.errors import QuantkitError, one_line
 from quantkit.processes import Spent
 from quantkit.progress import Report, spoken
 
@@ -125,12 +125,11 @@ def run(
     if spent.exit_code:
         raise QuantkitError(_failure(name, log, f"ended with exit code {spent.exit_code}"))
     try:
-        result = returns.model_validate_json((folder / "result.json").read_bytes())
+        result = foreign.json_model(folder / "result.json", returns, remedy="report it to its engine", within=folder)
     except FileNotFoundError:
         raise QuantkitError(_failure(name, log, "ended without a result.json")) from None
-    except ValidationError as error:
-        where = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'it'}: {each['msg']}" for each in error.errors())
-        raise QuantkitError(_failure(name, log, f"left a result.json that is none ({where})")) from error
+    except QuantkitError as error:
+        raise QuantkitError(_failure(name, log, f"left a result.json that is none ({one_line(error)})")) from error
     if result.method != job.method:
         raise QuantkitError(_failure(name, log, f"ran method {result.method} where {job.method} was asked for"))
     return Finished(result, spent)
