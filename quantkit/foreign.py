@@ -139,13 +139,14 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """The next node, unless it is one of those."""
-        event = self.peek_event()  # type: ignore[no-untyped-call]
-        if isinstance(event, yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: write it out: aliases (*{event.anchor}) are none")
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        line = f"line {event.start_mark.line + 1}"
+        if type(event) is yaml.AliasEvent:
+            raise yaml.YAMLError(f"{line}: write it out instead of the alias *{str(event.anchor)[:100]}")
         if getattr(event, "tag", None) not in (None, "!"):
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: leave out the tag {event.tag!r}")
+            raise yaml.YAMLError(f"{line}: leave out the tag {str(event.tag)[:100]!r}")
         if self.depth >= _DEPTH:
-            raise yaml.YAMLError(f"line {event.start_mark.line + 1}: more than {_DEPTH} deep")
+            raise yaml.YAMLError(f"{line}: more than {_DEPTH} deep")
         self.depth += 1
         try:
             return super().compose_node(parent, index)

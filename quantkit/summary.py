@@ -322,14 +322,23 @@ def print_path(path: Path) -> None:
 
     console = Console()
     manifest = artifacts.read_manifest(path) if path.is_dir() else None
-    with refusing(f"{path} holds results that quantkit did not write", "make it again"):
-        _print_artefact(console, path, manifest)
+    print_artefact(console, path, manifest)
     if manifest is not None and manifest.results.get("kind") == "eagle3":
         return  # a head is no checkpoint of its own
     if (path / "config.json").is_file():
         _print_checkpoint(console, path)
     elif manifest is None:
         raise QuantkitError(f"{path} is neither a checkpoint nor an artefact of quantkit: it has no config.json")
+
+
+def print_artefact(console: "Console", path: Path, manifest: Manifest | None) -> None:
+    """What a stage made, by its manifest and what else lies there.
+
+    Raises:
+        QuantkitError: they do not say what those of a stage say.
+    """
+    with refusing(f"{path} holds results that quantkit did not write", "make it again"):
+        _print_artefact(console, path, manifest)
 
 
 def _print_artefact(console: "Console", path: Path, manifest: Manifest | None) -> None:

@@ -124,15 +124,25 @@ def run(
     )  # fmt: skip
     if spent.exit_code:
         raise QuantkitError(_failure(name, log, f"ended with exit code {spent.exit_code}"))
+    return Finished(read_result(name, job.method, folder, returns), spent)
+
+
+def read_result(name: str, method: str, folder: Path, returns: type[ResultT]) -> ResultT:
+    """The result.json that an engine's worker left, of the method that was asked for.
+
+    Raises:
+        QuantkitError: there is none, or it is none; with the end of the worker's log.
+    """
+    log = folder / LOG_NAME
     try:
         result = foreign.json_model(folder / "result.json", returns, remedy="report it to its engine", within=folder)
     except FileNotFoundError:
         raise QuantkitError(_failure(name, log, "ended without a result.json")) from None
     except QuantkitError as error:
         raise QuantkitError(_failure(name, log, f"left a result.json that is none ({one_line(error)})")) from error
-    if result.method != job.method:
-        raise QuantkitError(_failure(name, log, f"ran method {result.method} where {job.method} was asked for"))
-    return Finished(result, spent)
+    if result.method != method:
+        raise QuantkitError(_failure(name, log, f"ran method {result.method} where {method} was asked for"))
+    return result
 
 
 def threads() -> int:

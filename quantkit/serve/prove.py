@@ -101,7 +101,7 @@ def stay_up(
 
 
 def _refuse_damage(bundle: Path) -> None:
-    """Nothing is started of a bundle in which a file has changed since it was made: a second, or the time to read it."""
+    """Start nothing of a bundle in which a file has changed: a second, or the time to read all of it."""
     failed = [one for one in check.check(bundle, ask_vllm=False) if not one.passed]
     raise_all([f"{bundle} is not started, {one.name}: {one.detail}" for one in failed])
 
