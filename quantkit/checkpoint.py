@@ -314,12 +314,13 @@ def _single(path: Path) -> tuple[dict[str, Path], list[str]]:
 
 
 def _read_headers(path: Path, shards: Mapping[str, Path]) -> tuple[Header, list[str]]:
-    """Data type and shape of each tensor, as its shard's header says."""
+    """Data type and shape of each tensor, as the header of the shard that it is said to be in says."""
     found: Header = {}
     problems = []
     for shard in sorted(set(shards.values())):
         try:
-            found |= headers.header(shard, within=path)
+            inside = headers.header(shard, within=path)
+            found |= {name: said for name, said in inside.items() if shards.get(name) == shard}
         except FileNotFoundError:
             continue  # named already
         except QuantkitError as error:

@@ -12,7 +12,9 @@ import pytest
 from quantkit import foreign, headers
 from quantkit import gguf as gguf_files
 from quantkit.architecture import read_architecture
+from quantkit.checkpoint import open_checkpoint
 from quantkit.errors import QuantkitError, one_line
+from tests.hostile.formats import index
 
 _WITHIN = 6 << 30  # bytes of addresses; what is imported has mapped 4 GiB of them
 
@@ -92,3 +94,14 @@ def test_sizes_that_no_model_has_are_refused_before_anything_is_made_of_them(key
 
 def test_what_a_stranger_wrote_does_not_steer_the_terminal() -> None:
     assert one_line("a\x1b[31m\nb\u202e").isprintable()
+
+
+@pytest.mark.parametrize("other", [None, "model-00001-of-00003.safetensors"])
+def test_a_tensor_that_the_index_leaves_out_or_puts_elsewhere_is_missing(tmp_path: Path, other: str | None) -> None:
+    made = index(tmp_path).file
+    said, name = json.loads(made.read_bytes()), "model.layers.0.self_attn.o_proj.weight"
+    assert said["weight_map"].pop(name) != other
+    said["weight_map"] |= {name: other} if other else {}
+    made.write_text(json.dumps(said))
+    with pytest.raises(QuantkitError, match=r"o_proj.weight(, and it does not| is missing)"):
+        open_checkpoint(made.parent)
