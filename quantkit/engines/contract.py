@@ -141,7 +141,9 @@ def read_result(name: str, method: str, folder: Path, returns: type[ResultT]) ->
     except QuantkitError as error:
         raise QuantkitError(_failure(name, log, f"left a result.json that is none ({one_line(error)})")) from error
     if result.method != method:
-        raise QuantkitError(_failure(name, log, f"ran method {result.method} where {method} was asked for"))
+        raise QuantkitError(
+            _failure(name, log, f"ran method {one_line(result.method)[:100]} where {method} was asked for")
+        )
     return result
 
 

@@ -13,6 +13,7 @@ from quantkit import foreign, headers
 from quantkit import gguf as gguf_files
 from quantkit.architecture import read_architecture
 from quantkit.checkpoint import open_checkpoint
+from quantkit.engines import contract
 from quantkit.errors import QuantkitError, one_line
 from tests.hostile.formats import index
 
@@ -105,3 +106,18 @@ def test_a_tensor_that_the_index_leaves_out_or_puts_elsewhere_is_missing(tmp_pat
     made.write_text(json.dumps(said))
     with pytest.raises(QuantkitError, match=r"o_proj.weight(, and it does not| is missing)"):
         open_checkpoint(made.parent)
+
+
+def test_the_method_that_an_engine_says_it_ran_is_shown_in_one_line(tmp_path: Path) -> None:
+    result = {
+        "engine": "x",
+        "version": "1",
+        "method": "a\x1b[31m\0",
+        "import_cpu_s": 1.0,
+        "format": "gptq",
+        "notes": [],
+    }
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    with pytest.raises(QuantkitError, match="ran method") as refused:
+        contract.read_result("x", "gptq", tmp_path, contract.Result)
+    assert str(refused.value).splitlines()[0].isprintable()
