@@ -1,7 +1,9 @@
 """The one table of facts on each model family: which tensors a checkpoint holds, their shapes, what feeds what."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 # Linears that share an input share a Hessian and an AWQ scale; order is the order of the forward pass.
 INPUT_GROUPS: tuple[tuple[str, ...], ...] = (
@@ -56,21 +58,26 @@ class Architecture(NamedTuple):
 def read_architecture(config: Mapping[str, Any]) -> tuple[Architecture | None, list[str]]:
     """The architecture that a config.json describes, or None with every reason why it is not supported."""
     problems = []
-    model_type = str(config.get("model_type"))
+    model_type = str(config.get("model_type"))[:100]
     family = FAMILIES.get(model_type)
     names = config.get("architectures") or []
+    if not isinstance(names, list):
+        return None, [f"config.json: architectures is {str(names)[:100]!r}: it must be a list of names"]
     if family is None or (names and family.architecture not in names):
         supported = ", ".join(f.architecture for f in FAMILIES.values())
         return None, [
-            f"config.json: model_type {model_type!r} with architectures {names} is not supported; "
+            f"config.json: model_type {model_type!r} with architectures {str(names)[:100]} is not supported; "
             f"use a checkpoint of {supported}"
         ]
     needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    for key in needed:
-        if not isinstance(config.get(key), int) or config[key] <= 0:
-            problems.append(f"config.json: {key} is {config.get(key)!r}; it must be a positive whole number")
+    problems += [
+        f"config.json: {key} is None; it must be a positive whole number" for key in needed if config.get(key) is None
+    ]
+    problems += [f"config.json: {problem}" for problem in size_problems(config)]
     if config.get("hidden_act", "silu") != "silu":
-        problems.append(f"config.json: hidden_act {config['hidden_act']!r} is not supported; only silu is")
+        problems.append(f"config.json: hidden_act {str(config['hidden_act'])[:100]!r} is not supported; only silu is")
+    if problems:
+        return None, problems
     window = config.get("sliding_window")
     if window and config.get("use_sliding_window", True) and window < config.get("max_position_embeddings", window):
         problems.append(f"config.json: sliding_window {window} is not supported; use a checkpoint with full attention")
@@ -80,6 +87,8 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[Architecture | None, l
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
         return None, [f"config.json: {heads} attention heads do not divide by {kv_heads} key/value heads"]
+    if not config.get("head_dim") and config["hidden_size"] < heads:
+        return None, [f"config.json: hidden_size {config['hidden_size']} is less than its {heads} attention heads"]
     return Architecture(
         family=family,
         model_type=model_type,
@@ -90,12 +99,46 @@ def read_architecture(config: Mapping[str, Any]) -> tuple[Architecture | None, l
         num_kv_heads=kv_heads,
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
         vocab_size=config["vocab_size"],
-        max_position_embeddings=config.get("max_position_embeddings", 2048),
-        norm_epsilon=config.get("rms_norm_eps", 1e-6),
+        max_position_embeddings=config.get("max_position_embeddings") or 2048,
+        norm_epsilon=1e-6 if config.get("rms_norm_eps") is None else config["rms_norm_eps"],
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
         attention_bias=bool(config.get("attention_bias", False)),
         mlp_bias=bool(config.get("mlp_bias", False)),
     ), []
+
+
+class _Sizes(BaseModel):
+    """The sizes in a config.json, each up to ten times that of the largest model there is: what is made of them, lists
+    of names among it, is made in memory."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    num_hidden_layers: Annotated[int, Field(gt=0, le=2_000)] | None = None
+    hidden_size: Annotated[int, Field(gt=0, le=1 << 18)] | None = None
+    intermediate_size: Annotated[int, Field(gt=0, le=1 << 20)] | None = None
+    num_attention_heads: Annotated[int, Field(gt=0, le=1 << 12)] | None = None
+    num_key_value_heads: Annotated[int, Field(ge=0, le=1 << 12)] | None = None
+    head_dim: Annotated[int, Field(ge=0, le=1 << 12)] | None = None
+    vocab_size: Annotated[int, Field(gt=0, le=1 << 22)] | None = None
+    max_position_embeddings: Annotated[int, Field(gt=0, le=1 << 30)] | None = None
+    sliding_window: Annotated[int, Field(ge=0, le=1 << 30)] | None = None
+    rms_norm_eps: Annotated[float, Field(ge=0, le=1)] | None = None
+    num_labels: Annotated[int, Field(ge=0, le=1_000)] | None = None  # transformers makes a table of them
+
+
+def size_problems(config: Mapping[str, Any]) -> list[str]:
+    """Sizes in a config.json that are no positive whole numbers, or beyond any model's; those left out are none."""
+    try:
+        _Sizes.model_validate(dict(config))
+    except ValidationError as error:
+        return [
+            f"{each['loc'][0]} is {str(each['input'])[:100]!r}; it must be "
+            + {
+                "less_than_equal": f"at most {(each.get('ctx') or {}).get('le')}",
+                "float_type": "a number", "finite_number": "a number",
+            }.get(each["type"], "a positive whole number")
+            for each in error.errors(include_url=False)
+        ]  # fmt: skip
+    return []
 
 
 def layer_prefix(layer: int) -> str:

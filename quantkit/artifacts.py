@@ -9,12 +9,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints
 from safetensors import SafetensorError
 
-from quantkit import __version__, provenance
+from quantkit import __version__, foreign, provenance
 from quantkit.errors import QuantkitError
 
 MANIFEST_NAME = "quantkit.json"
@@ -30,8 +30,8 @@ class FileRecord(BaseModel):
     """One file of an artefact: its size in bytes and its SHA-256."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    size: int
-    sha256: str
+    size: NonNegativeInt
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Manifest(BaseModel):
@@ -78,16 +78,11 @@ def discard(directory: Path) -> None:
 
 def read_manifest(directory: Path) -> Manifest | None:
     """The manifest of a complete artefact, or None where there is none."""
-    path = directory / MANIFEST_NAME
+    remedy = f"it is not a manifest of this quantkit: remove {directory} and run the stage again"
     try:
-        return Manifest.model_validate_json(path.read_bytes())
+        return foreign.json_model(directory / MANIFEST_NAME, Manifest, remedy=remedy, within=directory)
     except FileNotFoundError:
         return None
-    except (ValidationError, UnicodeDecodeError) as error:
-        raise QuantkitError(
-            f"{path} is not a manifest of this quantkit ({_first_line(error)}): remove {directory} "
-            "and run the stage again"
-        ) from error
 
 
 def is_fresh(directory: Path, key: str) -> bool:
@@ -336,7 +331,3 @@ def link_or_copy(source: Path, destination: Path) -> None:
 
 def _has_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0]

@@ -1,31 +1,29 @@
 """A checkpoint directory: opened with every problem named at once, read lazily, written tensor by tensor."""
 
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from quantkit import artifacts, formats, quantization_config, shards
+from quantkit import artifacts, foreign, formats, headers, quantization_config, shards
 from quantkit.architecture import Architecture, all_shapes, layer_prefix, layer_shapes, linear_shapes, read_architecture
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight, Storage, Storages
+from quantkit.headers import INDEX_NAME, SINGLE_NAME, Header
 from quantkit.kv_cache import Scales
 from quantkit.kv_scheme import has_kv_scheme, kv_scale_name, kv_scale_problems
 from quantkit.shards import Entry
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 SHARD_BYTES = 1 << 30
 _FLOATS = {"F16", "BF16", "F32"}
 # What travels with the weights: tokenizer, chat template, generation defaults. Weights and code do not.
-_COMPANIONS = (
+COMPANIONS = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.model", "vocab.json",
     "merges.txt", "added_tokens.json", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
@@ -120,9 +118,9 @@ class Checkpoint:
     def outer_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors outside the decoder layers, in the order of `outer`."""
         names = [name for name in self.shards if not name.startswith("model.layers.")]
-        headers, problems = _read_headers({name: self.shards[name] for name in names})
+        found, problems = _read_headers(self.path, {name: self.shards[name] for name in names})
         raise_all(problems)
-        return {name: headers[name][1] for name in names}
+        return {name: found[name][1] for name in names}
 
 
 def unpack_linear(
@@ -145,8 +143,11 @@ def open_checkpoint(path: Path, *, quantized: bool | None = None) -> Checkpoint:
     config = _read_config(path)
     arch, problems = read_architecture(config)
     storages = None
+    problems += code_problems(path)
     if (quantization := config.get("quantization_config")) is not None:
-        if quantized is False:
+        if not isinstance(quantization, dict):
+            problems.append(f"{path / 'config.json'}: quantization_config is no object: get the file again")
+        elif quantized is False:
             problems.append(
                 f"{path} is already quantized ({quantization.get('quant_method')}): start from the FP16 original"
             )
@@ -168,11 +169,11 @@ def open_checkpoint(path: Path, *, quantized: bool | None = None) -> Checkpoint:
         problems.append(f"{path} is not quantized: give the output of `quantkit quantize`")
     shards, shard_problems = _find_shards(path)
     problems += shard_problems
-    headers, header_problems = _read_headers(shards)
+    found, header_problems = _read_headers(path, shards)
     problems += header_problems
     if arch is not None and not problems:
-        problems += _shape_problems(arch, headers, storages)
-        problems += [f"{path}: {problem}" for problem in kv_scale_problems(config, headers)]
+        problems += _shape_problems(arch, found, storages)
+        problems += [f"{path}: {problem}" for problem in kv_scale_problems(config, found)]
     raise_all(problems)
     assert arch is not None
     return Checkpoint(path=path, config=config, arch=arch, shards=shards, storages=storages)
@@ -248,98 +249,108 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping
 
 def copy_companions(source: Path, destination: Path) -> None:
     """Copy tokenizer, chat template and generation defaults: what a server needs beside config and weights."""
-    for name in _COMPANIONS:
+    for name in COMPANIONS:
         if (source / name).is_file():
+            foreign.regular(source / name, within=source)
             shutil.copyfile(source / name, destination / name)
+
+
+def code_problems(path: Path) -> list[str]:
+    """What in a checkpoint's JSON files names code to load, or a tokenizer's files elsewhere; empty as a rule."""
+    found = []
+    for file in ("config.json", "tokenizer_config.json"):
+        try:
+            said = foreign.json_object(path / file, remedy="get the file again", within=path)
+        except FileNotFoundError:
+            continue
+        if "auto_map" in said:
+            found.append(
+                f"{path / file} has auto_map, which loads code: use a checkpoint that transformers knows itself"
+            )
+        found += [
+            f"{path / file}: {key} leads to {value!r}: a tokenizer's files are those beside it; remove the key"
+            for key, value in said.items()
+            if key.endswith("_file") and isinstance(value, str) and path / Path(value).name != path / value
+        ]
+    return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise QuantkitError(f"{path} is not a directory: give a checkpoint directory with config.json and safetensors")
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return foreign.json_object(path / "config.json", remedy="get the file again", within=path)
     except FileNotFoundError:
         raise QuantkitError(f"{path} has no config.json: give a Hugging Face checkpoint directory") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise QuantkitError(f"{path / 'config.json'} is not JSON ({error}): get the file again") from error
-    if not isinstance(config, dict):
-        raise QuantkitError(f"{path / 'config.json'} is not a JSON object: get the file again")
-    return config
 
 
 def _find_shards(path: Path) -> tuple[dict[str, Path], list[str]]:
     """Which file each tensor is said to be in; for a single file the names come from its header."""
-    index = path / INDEX_NAME
-    if not index.is_file():
-        single = path / SINGLE_NAME
-        if single.is_file():
-            try:
-                with safe_open(single, framework="pt") as handle:
-                    return dict.fromkeys(handle.keys(), single), []
-            except SafetensorError as error:
-                return {}, [_broken(single, error)]
+    try:
+        named = headers.weight_map(path)
+    except FileNotFoundError:
+        return _single(path)
+    except QuantkitError as error:
+        return {}, [str(error)]
+    missing = [
+        f"{file} is missing, though {INDEX_NAME} names it: download that shard"
+        for file in sorted(set(named.values()))
+        if not file.exists()
+    ]
+    return named, missing
+
+
+def _single(path: Path) -> tuple[dict[str, Path], list[str]]:
+    single = path / SINGLE_NAME
+    try:
+        return dict.fromkeys(headers.header(single, within=path), single), []
+    except QuantkitError as error:
+        return {}, [str(error)]
+    except FileNotFoundError:
         pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
         if pickles:
             return {}, [f"{path} holds only pickled weights ({pickles[0]}): convert them to safetensors first"]
         return {}, [f"{path} has neither {SINGLE_NAME} nor {INDEX_NAME}: get the weights as safetensors"]
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        entries = {str(name): str(file) for name, file in weight_map.items()}
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        return {}, [f"{index} has no readable weight_map: get the file again"]
-    problems = []
-    for file in sorted(set(entries.values())):
-        if PurePosixPath(file).name != file or file in ("", ".", ".."):
-            problems.append(f"{index}: {file!r} points outside the checkpoint: a shard is a file name, nothing else")
-        elif not (path / file).is_file():
-            problems.append(f"{path / file} is missing, though {INDEX_NAME} names it: download that shard")
-    return {name: path / file for name, file in entries.items()}, problems
 
 
-def _read_headers(shards: Mapping[str, Path]) -> tuple[dict[str, tuple[str, tuple[int, ...]]], list[str]]:
-    """Data type and shape of each tensor, as its shard's header says."""
-    headers: dict[str, tuple[str, tuple[int, ...]]] = {}
+def _read_headers(path: Path, shards: Mapping[str, Path]) -> tuple[Header, list[str]]:
+    """Data type and shape of each tensor, as the header of the shard that it is said to be in says."""
+    found: Header = {}
     problems = []
     for shard in sorted(set(shards.values())):
-        if not shard.is_file():
-            continue  # named already
         try:
-            with safe_open(shard, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (a safetensors handle is no dict)
-                    view = handle.get_slice(name)
-                    headers[name] = (view.get_dtype(), tuple(view.get_shape()))
-        except SafetensorError as error:
-            problems.append(_broken(shard, error))
+            inside = headers.header(shard, within=path)
+            found |= {name: said for name, said in inside.items() if shards.get(name) == shard}
+        except FileNotFoundError:
+            continue  # named already
+        except QuantkitError as error:
+            problems.append(str(error))
     if not problems:
         problems += [
             f"{shard}: the index says it holds {name}, and it does not: get index and shards of one revision"
             for name, shard in shards.items()
-            if shard.is_file() and name not in headers
+            if name not in found and shard.exists()
         ]
-    return headers, problems
+    return found, problems
 
 
-def _broken(path: Path, error: Exception) -> str:
-    return f"{path} is truncated or no safetensors file ({error}): download it again"
-
-
-def _shape_problems(
-    arch: Architecture, headers: Mapping[str, tuple[str, tuple[int, ...]]], storages: Storages | None
-) -> list[str]:
+def _shape_problems(arch: Architecture, found: Header, storages: Storages | None) -> list[str]:
     problems = []
     linears = linear_shapes(arch)
     for name, shape in all_shapes(arch).items():
         stem = name.removesuffix(".weight")
-        if name not in headers:
+        if name not in found:
             inside = stem.split(".", 3)[-1]
             packed = inside in linears and storages is not None and storages.of(stem) is not None
-            packed = packed and any(key.startswith(f"{stem}.") for key in headers)
+            packed = packed and any(key.startswith(f"{stem}.") for key in found)
             if not packed:
                 problems.append(f"tensor {name} is missing: the checkpoint does not match its config.json")
             continue
-        dtype, found = headers[name]
-        if found != shape:
-            problems.append(f"tensor {name} has shape {list(found)}, config.json asks for {list(shape)}: get both anew")
+        dtype, stored = found[name]
+        if stored != shape:
+            problems.append(
+                f"tensor {name} has shape {list(stored)}, config.json asks for {list(shape)}: get both anew"
+            )
         if dtype not in _FLOATS:
             problems.append(f"tensor {name} is {dtype}: only F16, BF16 and F32 weights can be read: convert it")
     return problems

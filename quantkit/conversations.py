@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from quantkit import offline, text, tokens
+from quantkit import chat_template as rendering
+from quantkit import foreign, offline, text, tokens
 from quantkit.artifacts import write_text
 from quantkit.errors import QuantkitError
 from quantkit.offline import Session
@@ -42,7 +43,7 @@ def chat_template(tokenizer: Any) -> Template:
     if not getattr(tokenizer, "chat_template", None):
         bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         return Template(bos, tokenizer.eos_token_id)
-    rendered = str(tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False))
+    rendered = rendering.render(tokenizer, [{"role": "user", "content": _MARK}])
     before, mark, after = rendered.partition(_MARK)
     if not mark:
         raise QuantkitError("the chat template drops the user's words: give prompts from a file instead of self:N")
@@ -58,7 +59,7 @@ def render(tokenizer: Any, document: text.Document) -> list[int]:
     chat = [{"role": "user", "content": document}] if isinstance(document, str) else list(document)
     while chat and chat[-1]["role"] != "user":
         chat.pop()
-    chat_text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    chat_text = rendering.render(tokenizer, chat, add_generation_prompt=True)
     rendered: list[int] = tokenizer(chat_text, add_special_tokens=False)["input_ids"]
     return rendered
 
@@ -226,8 +227,8 @@ def stop_tokens(checkpoint: Path) -> list[int]:
     stop = {tokens.load_tokenizer(checkpoint).eos_token_id}
     path = checkpoint / "generation_config.json"
     if path.is_file():
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        stop |= set(eos) if isinstance(eos, list) else {eos}
+        eos = foreign.json_object(path, remedy="get the file again", within=checkpoint).get("eos_token_id")
+        stop |= {token for token in (eos if isinstance(eos, list) else [eos]) if type(token) is int}
     return sorted(token for token in stop if isinstance(token, int))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from quantkit.architecture import Architecture
+from quantkit.errors import refusing
 
 Weights = Mapping[str, Tensor]
 
@@ -27,6 +28,13 @@ class Watched(dict[str, Tensor]):
         self.show = show
 
 
+# What of a config.json positions are turned by, and nothing else that transformers would make something of.
+_OF_ROTATION = (
+    "model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_hidden_layers",
+    "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "partial_rotary_factor",
+    "original_max_position_embeddings",
+)  # fmt: skip
+
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each [1, T, D]
 # Queries, keys and values, [B, heads, T, D] each, as attention gets them when a KV cache stands between, or is watched.
 Cache = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
@@ -37,9 +45,11 @@ def rotation(config: Mapping[str, Any], length: int, *, dtype: torch.dtype, devi
     from transformers import AutoConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    hf_config = AutoConfig.for_model(**config)
-    positions = torch.arange(length, device=device)[None]
-    cos, sin = LlamaRotaryEmbedding(hf_config).to(device)(torch.zeros(1, dtype=dtype, device=device), positions)
+    known = {key: config[key] for key in _OF_ROTATION if key in config}
+    with refusing("config.json: no rotary embeddings can be made of it", "get the file again"):
+        hf_config = AutoConfig.for_model(**known)
+        positions = torch.arange(length, device=device)[None]
+        cos, sin = LlamaRotaryEmbedding(hf_config).to(device)(torch.zeros(1, dtype=dtype, device=device), positions)
     return cos, sin
 
 

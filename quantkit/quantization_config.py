@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 from quantkit.formats import FORMATS, Storage, Storages, by_name
+from quantkit.patterns import Patterns
 
 
 def build(
@@ -57,10 +58,11 @@ def read(config: Mapping[str, object], linears: Iterable[str] = ()) -> Storages:
         "intel/auto-round": _read_auto_round,
     }
     method = config.get("quant_method")
-    if method not in readers:
+    if not isinstance(method, str) or method not in readers:
         raise ValueError(f"quant_method is {method!r}: only {', '.join(readers)} can be read")
-    usual = readers[str(method)](config)
-    special = {name: _special(config, usual, name) for name in linears}
+    usual = readers[method](config)
+    patterns = Patterns()
+    special = {name: _special(config, usual, name, patterns) for name in linears}
     return Storages(usual, {name: storage for name, storage in special.items() if storage != usual})
 
 
@@ -188,35 +190,36 @@ def _patterns(names: Sequence[str]) -> list[str]:
     return patterns
 
 
-def _special(config: Mapping[str, object], usual: Storage, name: str) -> Storage | None:
+def _special(config: Mapping[str, object], usual: Storage, name: str, patterns: Patterns) -> Storage | None:
     """How one linear is stored."""
     if config.get("quant_method") == "awq":
         ignored = config.get("modules_to_not_convert") or []
         return None if isinstance(ignored, list) and any(str(part) in name for part in ignored) else usual
     if config.get("quant_method") == "gptq":
-        return _special_by_dynamic(config.get("dynamic") or {}, usual, name)
+        return _special_by_dynamic(config.get("dynamic") or {}, usual, name, patterns)
     if config.get("quant_method") == "compressed-tensors":
-        return _special_by_target(config, name)
+        return _special_by_target(config, name, patterns)
     return usual
 
 
-def _special_by_dynamic(dynamic: object, usual: Storage, name: str) -> Storage | None:
+def _special_by_dynamic(dynamic: object, usual: Storage, name: str, patterns: Patterns) -> Storage | None:
     assert isinstance(dynamic, Mapping)
     for pattern, scheme in dynamic.items():
-        if not re.match(str(pattern).removeprefix("-:").removeprefix("+:"), name):
+        if not patterns.match(str(pattern).removeprefix("-:").removeprefix("+:"), name):
             continue
         if str(pattern).startswith("-:"):
             return None
         given = scheme if isinstance(scheme, Mapping) else {}
-        bits, group_size = int(given.get("bits", usual.bits)), int(given.get("group_size", usual.group_size))
+        usually = {"bits": usual.bits, "group_size": usual.group_size}
+        bits, group_size = (_integer(usually | dict(given), key) for key in usually)
         return _known("gptq", bits, group_size, bool(given.get("sym", usual.symmetric)))
     return usual
 
 
-def _special_by_target(config: Mapping[str, object], name: str) -> Storage | None:
+def _special_by_target(config: Mapping[str, object], name: str, patterns: Patterns) -> Storage | None:
     def listed(targets: object) -> bool:
         return isinstance(targets, list) and any(
-            re.match(str(target).removeprefix("re:"), name) if str(target).startswith("re:") else target == name
+            patterns.match(str(target).removeprefix("re:"), name) if str(target).startswith("re:") else target == name
             for target in targets
         )
 
@@ -224,8 +227,8 @@ def _special_by_target(config: Mapping[str, object], name: str) -> Storage | Non
     assert isinstance(groups, Mapping)
     if listed(config.get("ignore")):
         return None
-    for key, group in sorted(groups.items(), key=lambda item: "Linear" in item[1].get("targets", [])):
-        if listed(group.get("targets")) or "Linear" in group.get("targets", []):
+    for key, group in sorted(groups.items(), key=lambda item: _for_all(item[1])):
+        if listed(group.get("targets")) or _for_all(group):
             return _known("compressed-tensors", *_read_config_group(key, group, config.get("format")))
     return None
 
@@ -260,14 +263,14 @@ def _read_gptq(config: Mapping[str, object]) -> Storage:
 def _read_auto_round(config: Mapping[str, object]) -> Storage:
     packings = {"auto_round:auto_gptq": "gptq", "auto_round:auto_awq": "awq"}
     packing = config.get("packing_format", "auto_round:auto_gptq")
-    if packing not in packings:
+    if not isinstance(packing, str) or packing not in packings:
         raise ValueError(f"packing_format is {packing!r}: only {', '.join(packings)} can be read")
     if config.get("data_type", "int") != "int":
         raise ValueError(f"data_type is {config['data_type']!r}: only int can be read")
     if config.get("extra_config"):
         raise ValueError("extra_config gives some linears a scheme of their own: only one scheme for all can be read")
-    symmetric = bool(config.get("sym", True)) and packings[str(packing)] != "awq"
-    return _known(packings[str(packing)], _integer(config, "bits"), _integer(config, "group_size"), symmetric)
+    symmetric = bool(config.get("sym", True)) and packings[packing] != "awq"
+    return _known(packings[packing], _integer(config, "bits"), _integer(config, "group_size"), symmetric)
 
 
 def _read_compressed_tensors(config: Mapping[str, object]) -> Storage:
@@ -278,8 +281,13 @@ def _read_compressed_tensors(config: Mapping[str, object]) -> Storage:
     if not isinstance(groups, Mapping) or not groups:
         raise ValueError("config_groups is empty: no weights are quantized")
     schemes = {name: _read_config_group(name, group, config.get("format")) for name, group in groups.items()}
-    for_all = [name for name, group in groups.items() if "Linear" in group.get("targets", [])]
+    for_all = [name for name, group in groups.items() if _for_all(group)]
     return _known("compressed-tensors", *schemes[for_all[0] if for_all else next(iter(schemes))])
+
+
+def _for_all(group: Mapping[str, object]) -> bool:
+    targets = group.get("targets")
+    return isinstance(targets, list) and "Linear" in targets
 
 
 def _read_config_group(name: str, group: object, default_format: object) -> tuple[int, int, bool]:

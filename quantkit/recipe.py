@@ -5,7 +5,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -19,7 +18,8 @@ from pydantic import (
     model_validator,
 )
 
-from quantkit.errors import QuantkitError, raise_all
+from quantkit import foreign
+from quantkit.errors import QuantkitError, one_line, raise_all
 
 EngineName = Literal["native", "autoawq", "autogptq", "gptqmodel", "llmcompressor", "autoround"]
 Method = Literal["gptq", "awq", "awq+gptq", "gptaq", "autoround"]  # which of them, each engine says for itself
@@ -342,15 +342,13 @@ def read_yaml(what: str, path: Path, *, see: str) -> dict[str, Any]:
     Raises:
         QuantkitError: no such file, no YAML, or no mapping.
     """
+    if path.is_dir():
+        raise QuantkitError(f"{what} {path} is a folder: give one of the .yaml files in it")
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = foreign.yaml_value(path, what=what)
     except FileNotFoundError:
         raise QuantkitError(f"{what} {path} is not there: see {see}") from None
-    except IsADirectoryError:
-        raise QuantkitError(f"{what} {path} is a folder: give one of the .yaml files in it") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise QuantkitError(f"{what} {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(data, dict):
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
         raise QuantkitError(f"{what} {path} holds no keys: see {see}")
     return data
 
@@ -368,10 +366,7 @@ def _override(data: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise QuantkitError(f"--set {override}: write it as section.key=value, for example quantize.group_size=32")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise QuantkitError(f"--set {override}: {text!r} is not a YAML value") from error
+    value = foreign.yaml_text(text, what=f"--set {override}: {text!r}")
     *parents, last = key.split(".")
     here = data
     for parent in parents:
@@ -382,11 +377,13 @@ def _override(data: dict[str, Any], override: str) -> None:
 
 
 def _explain(model: type[BaseModel], detail: Mapping[str, Any]) -> str:
-    path = [str(part) for part in detail["loc"]]
+    path = [one_line(part)[:100] for part in detail["loc"]]
     dotted = ".".join(path) or "the recipe"
     if detail["type"] != "extra_forbidden":
         return f"{dotted}: {detail['msg'].removeprefix('Value error, ')}" + (
-            f" (got {detail['input']!r})" if detail["type"] not in ("missing", "value_error") else ""
+            f" (got {one_line(repr(detail['input']))[:200]})"
+            if detail["type"] not in ("missing", "value_error")
+            else ""
         )
     known = _fields_at(model, path[:-1])
     near = difflib.get_close_matches(path[-1], known, n=1, cutoff=0.5)

@@ -6,9 +6,10 @@ The draft's side writes plans (`draft.plan`) and the serving side reads them; th
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from quantkit.errors import QuantkitError
+from quantkit import foreign
+from quantkit.errors import QuantkitError, refusing
 
 Profile = Literal["gpu", "cpu"]
 Speculate = Literal["auto", "always", "never"]
@@ -25,10 +26,10 @@ _ROUNDED = 2e-3  # of an accepted length: both are written with some digits
 class Option(BaseModel):
     """Drafting `tokens` at a time: how many times as fast as without, and its standard error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    tokens: int
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    tokens: PositiveInt
     speedup: float
-    standard_error: float
+    standard_error: NonNegativeFloat
 
     @property
     def lower(self) -> float:
@@ -39,10 +40,10 @@ class Option(BaseModel):
 class Load(BaseModel):
     """So many sequences decoded at once: seconds of a step without speculation, and every option."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    concurrency: int
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    concurrency: PositiveInt
     step_s: float
-    options: list[Option]
+    options: list[Option] = Field(min_length=1)
 
     @property
     def best(self) -> Option:
@@ -62,15 +63,15 @@ class Plan(BaseModel):
     one is taken to be accepted as often as the last counted one, given that those before it were.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
     profile: Profile
     origin: Literal["measured", "estimated"]  # of the seconds; acceptance is always counted
     machine: str
-    context_tokens: int
-    measured_positions: int
+    context_tokens: NonNegativeInt
+    measured_positions: NonNegativeInt
     accepted_length: list[float]  # with 1, 2, ... draft tokens
     accepted_length_standard_error: list[float]
-    loads: list[Load]  # by rising concurrency
+    loads: list[Load] = Field(min_length=1)  # by rising concurrency
 
     @property
     def basis(self) -> str:
@@ -85,6 +86,10 @@ class Plan(BaseModel):
         return self.loads[: len(below) + 1]
 
 
+class _Plans(BaseModel):
+    plan: list[Plan]
+
+
 class Decision(NamedTuple):
     """How many tokens a profile of a bundle drafts, 0 for none, and why."""
 
@@ -96,19 +101,23 @@ def read(results: Mapping[str, Any]) -> dict[Profile, Plan]:
     """The plans in the results of a draft's manifest; none where it was made without.
 
     Raises:
-        QuantkitError: a plan counts on another accepted length than vLLM counted, by the same results.
+        QuantkitError: what is there is no plan, or it counts on another accepted length than vLLM counted, by the same
+            results.
     """
-    plans: dict[Profile, Plan] = {}
-    for plan in map(Plan.model_validate, results.get(RESULTS_KEY, [])):
-        plans[plan.profile] = plan
-    counted = results.get("acceptance", {}).get(results.get("kept"), {}).get("0", {}).get("vllm")
-    for plan in plans.values() if counted else ():
-        said = plan.accepted_length[plan.measured_positions - 1]
-        if abs(said - counted["accepted_length"]) > _ROUNDED * said:
-            raise QuantkitError(
-                f"the draft's plan counts on an accepted length of {said:g}, and vLLM counted "
-                f"{counted['accepted_length']:g}: run quantkit train-draft again"
-            )
+    found = foreign.validated(
+        _Plans, {RESULTS_KEY: results.get(RESULTS_KEY, [])}, where="the draft's manifest",
+        remedy="run train-draft again",
+    )  # fmt: skip
+    plans: dict[Profile, Plan] = {plan.profile: plan for plan in found.plan}
+    with refusing("the draft's manifest holds no acceptance", "run train-draft again"):
+        counted = results.get("acceptance", {}).get(results.get("kept"), {}).get("0", {}).get("vllm")
+        for plan in plans.values() if counted else ():
+            said = plan.accepted_length[plan.measured_positions - 1]
+            if abs(said - counted["accepted_length"]) > _ROUNDED * said:
+                raise QuantkitError(
+                    f"the draft's plan counts on an accepted length of {said:g}, and vLLM counted "
+                    f"{counted['accepted_length']:g}: run quantkit train-draft again"
+                )
     return plans
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantkit import artifacts, speculation
 from quantkit.artifacts import Manifest
+from quantkit.errors import QuantkitError, one_line, refusing
 from quantkit.progress import spoken
 
 if TYPE_CHECKING:
@@ -222,12 +223,13 @@ def bench_rows(results: dict[str, Any]) -> list[Row]:
 def print_rows(console: "Console", title: str, rows: list[Row]) -> None:
     """A table of names and values."""
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(title=title, title_justify="left", show_header=False, box=None, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(*(Text(one_line(each)) for each in (name, value)))  # no markup: a stranger may have written it
     console.print(table)
 
 
@@ -272,8 +274,9 @@ def print_draft(console: "Console", manifest: Manifest) -> None:
 def print_checks(console: "Console", checks: "Sequence[Check]") -> None:
     """Checks, one a line, what failed in red."""
     for one in checks:
-        mark = "[green]passed[/]" if one.passed else "[red]FAILED[/]"
-        console.print(f"{mark} [bold]{one.name}[/]: {one.detail}", highlight=False)
+        console.print("[green]passed[/]" if one.passed else "[red]FAILED[/]", end=" ", highlight=False)
+        console.print(one.name, style="bold", end=": ", highlight=False, markup=False)
+        console.print(one_line(one.detail), highlight=False, markup=False)
 
 
 def print_engines(console: "Console") -> None:
@@ -317,11 +320,28 @@ def print_path(path: Path) -> None:
     """What a checkpoint or an artefact is."""
     from rich.console import Console
 
-    from quantkit.checkpoint import open_checkpoint
-    from quantkit.errors import QuantkitError
-
     console = Console()
     manifest = artifacts.read_manifest(path) if path.is_dir() else None
+    print_artefact(console, path, manifest)
+    if manifest is not None and manifest.results.get("kind") == "eagle3":
+        return  # a head is no checkpoint of its own
+    if (path / "config.json").is_file():
+        _print_checkpoint(console, path)
+    elif manifest is None:
+        raise QuantkitError(f"{path} is neither a checkpoint nor an artefact of quantkit: it has no config.json")
+
+
+def print_artefact(console: "Console", path: Path, manifest: Manifest | None) -> None:
+    """What a stage made, by its manifest and what else lies there.
+
+    Raises:
+        QuantkitError: they do not say what those of a stage say.
+    """
+    with refusing(f"{path} holds results that quantkit did not write", "make it again"):
+        _print_artefact(console, path, manifest)
+
+
+def _print_artefact(console: "Console", path: Path, manifest: Manifest | None) -> None:
     by_kind = {"quantized": quantized_rows, "report": evaluation_rows, "draft": draft_rows, "served": served_rows,
                "bench": bench_rows}  # fmt: skip
     if manifest is not None:
@@ -340,21 +360,21 @@ def print_path(path: Path) -> None:
             print_rows(console, "Bundle", bundle_rows(read_bundle(path), path))
         if manifest.kind in by_kind:
             print_rows(console, "Results", by_kind[manifest.kind](manifest.results))
-    if manifest is not None and manifest.results.get("kind") == "eagle3":
-        return  # a head is no checkpoint of its own
-    if (path / "config.json").is_file():
-        opened = open_checkpoint(path)
-        arch, stored = opened.arch, _stored(opened.storages)
-        size = sum(file.stat().st_size for file in set(opened.shards.values()))
-        heads = f"{arch.num_heads} heads, {arch.num_kv_heads} key/value heads of {arch.head_dim}"
-        print_rows(console, "Checkpoint", [
-            ("architecture", arch.family.architecture),
-            ("layers", f"{arch.num_layers} of hidden size {arch.hidden_size}, {heads}"),
-            ("vocabulary", f"{arch.vocab_size}" + (", tied head" if arch.tied_embeddings else "")),
-            ("weights", f"{size / 1e6:.0f} MB in {len(set(opened.shards.values()))} files, {stored}"),
-        ])  # fmt: skip
-    elif manifest is None:
-        raise QuantkitError(f"{path} is neither a checkpoint nor an artefact of quantkit: it has no config.json")
+
+
+def _print_checkpoint(console: "Console", path: Path) -> None:
+    from quantkit.checkpoint import open_checkpoint
+
+    opened = open_checkpoint(path)
+    arch, stored = opened.arch, _stored(opened.storages)
+    size = sum(file.stat().st_size for file in set(opened.shards.values()))
+    heads = f"{arch.num_heads} heads, {arch.num_kv_heads} key/value heads of {arch.head_dim}"
+    print_rows(console, "Checkpoint", [
+        ("architecture", arch.family.architecture),
+        ("layers", f"{arch.num_layers} of hidden size {arch.hidden_size}, {heads}"),
+        ("vocabulary", f"{arch.vocab_size}" + (", tied head" if arch.tied_embeddings else "")),
+        ("weights", f"{size / 1e6:.0f} MB in {len(set(opened.shards.values()))} files, {stored}"),
+    ])  # fmt: skip
 
 
 def print_plan(plan: "Plan", judged: "Sequence[Judged]") -> None:

@@ -15,10 +15,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from quantkit import provenance
-from quantkit.errors import QuantkitError, raise_all
+from quantkit import foreign, provenance
+from quantkit.errors import QuantkitError, one_line, raise_all
 
 _SUFFIXES = (".txt", ".md", ".jsonl")
+_LINE = 16 << 20  # characters of a line of JSON that are read
 
 Message = dict[str, str]
 Document = str | list[Message]
@@ -51,6 +52,8 @@ def resolve(source: str) -> list[Path]:
         return [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in _SUFFIXES)
+        for file in files:
+            foreign.regular(file, within=path)
         if files:
             return files
         raise QuantkitError(f"text source {source!r}: the folder holds no .txt, .md or .jsonl file")
@@ -104,28 +107,39 @@ def documents(source: str) -> Iterator[Document]:
 
 
 def _jsonl_documents(file: Path) -> Iterator[Document]:
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    with file.open(encoding="utf-8", errors="replace") as stream:
+        lines = iter(lambda: stream.readline(_LINE + 1), "")
         for number, line in enumerate(lines, start=1):
+            if len(line) > _LINE:
+                raise QuantkitError(
+                    f"{file}, line {number}: it has over {_LINE >> 20}M characters: give shorter documents"
+                )
             if not line.strip():
                 continue
             try:
                 yield _document(json.loads(line))
             except (ValueError, RecursionError) as error:
-                raise QuantkitError(f"{file}, line {number}: {error}; a line is one JSON object") from error
+                why = one_line(error)[:200]
+                raise QuantkitError(f"{file}, line {number}: {why}; a line is one JSON object") from error
 
 
 def _document(row: Any) -> Document:
     if isinstance(row, dict):
         for key in ("text", "prompt", "content"):
             if isinstance(row.get(key), str):
-                return str(row[key])
+                return _whole(row[key])
         messages = row.get("messages")
         if isinstance(messages, list) and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
             for m in messages
         ):
-            return [{"role": m["role"], "content": m["content"]} for m in messages]
+            return [{"role": _whole(m["role"]), "content": _whole(m["content"])} for m in messages]
     raise ValueError('no "text", "prompt" or "messages" in it')
+
+
+def _whole(said: str) -> str:
+    said.encode()  # half a surrogate pair, which JSON can spell and no tokenizer reads, is a ValueError
+    return said
 
 
 def _hub_documents(source: str) -> Iterator[Document]:

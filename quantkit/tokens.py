@@ -7,9 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from quantkit.errors import QuantkitError, raise_all
+from quantkit import chat_template, checkpoint, foreign
+from quantkit.architecture import size_problems
+from quantkit.errors import QuantkitError, raise_all, refusing
 from quantkit.text import Document, documents
 
+_TOKENIZER_BYTES = 128 << 20  # the largest file of a tokenizer that is read; those of 262,144 tokens take 35 MB
 _SPAN = 32  # tokens; two texts that share a run of this length share a source
 
 
@@ -33,14 +36,36 @@ def _spans(input_ids_ST: Tensor, *, step: int) -> Iterator[tuple[int, ...]]:
             yield tuple(row[begin : begin + _SPAN])
 
 
-def load_tokenizer(checkpoint: Path) -> Any:
-    """The checkpoint's tokenizer, from its own files and nothing else."""
+def load_tokenizer(path: Path) -> Any:
+    """The checkpoint's tokenizer, from its own files and nothing else; none of its code.
+
+    Raises:
+        QuantkitError: no tokenizer, or one whose files are damaged, lead elsewhere or name code.
+    """
     from transformers import AutoTokenizer
 
-    try:
-        return AutoTokenizer.from_pretrained(str(checkpoint), local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise QuantkitError(f"{checkpoint} has no usable tokenizer ({str(error).splitlines()[0]})") from error
+    raise_all(_tokenizer_problems(path))
+    with refusing(f"{path} has no usable tokenizer", "get its tokenizer.json and tokenizer_config.json again"):
+        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        tokenizer("a")  # what its parts cannot do with text is raised here
+        return tokenizer
+
+
+def _tokenizer_problems(path: Path) -> list[str]:
+    found = checkpoint.code_problems(path)
+    for name in checkpoint.COMPANIONS:
+        try:
+            foreign.regular(path / name, within=path)
+            if (path / name).stat().st_size > _TOKENIZER_BYTES:
+                found.append(f"{path / name} has more than {_TOKENIZER_BYTES >> 20} MiB: get the file again")
+        except FileNotFoundError:
+            continue
+        except QuantkitError as error:
+            found.append(str(error))
+    if (path / "config.json").exists() and not found:
+        config = foreign.json_object(path / "config.json", remedy="get the file again", within=path)
+        found += [f"{path / 'config.json'}: {problem}" for problem in size_problems(config)]
+    return found
 
 
 def tokenize(
@@ -118,4 +143,4 @@ def as_text(document: Document, tokenizer: Any) -> str:
         return document
     if not getattr(tokenizer, "chat_template", None):
         raise QuantkitError("the text is chats and the checkpoint has no chat template: give plain text instead")
-    return str(tokenizer.apply_chat_template(document, tokenize=False))
+    return chat_template.render(tokenizer, document)

@@ -4,16 +4,17 @@ The formula is that of PagedAttention as vLLM allocates it (Kwon et al. 2023, ar
 `block_size` tokens of every layer, target's and draft's alike, so the blocks are counted over both models together.
 """
 
-import json
 import math
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError, safe_open
 
+from quantkit import foreign, headers
+from quantkit.architecture import size_problems
 from quantkit.errors import QuantkitError, raise_all
+from quantkit.headers import Header
 from quantkit.kv_scheme import KINDS, has_kv_scheme
 
 # Bits, not bytes: the 4-bit floats of newer checkpoints have no whole byte.
@@ -165,16 +166,16 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     """The config.json of a checkpoint directory; of a head of the speculators format with the sizes of its layer."""
     path = checkpoint / "config.json"
     try:
-        config = json.loads(path.read_bytes())
+        config = foreign.json_object(path, remedy="download or write the checkpoint again", within=checkpoint)
     except FileNotFoundError:
         raise QuantkitError(f"{path} is not there: give a checkpoint directory in Hugging Face form") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise QuantkitError(f"{path} is not JSON ({error}): download or write the checkpoint again") from error
-    config = (config.get("transformer_layer_config") or {}) | config
+    layer = config.get("transformer_layer_config")
+    config = (layer if isinstance(layer, dict) else {}) | config
     missing = [key for key in ("num_hidden_layers", "num_attention_heads", "hidden_size") if key not in config]
     if missing:
         raise QuantkitError(f"{path} lacks {', '.join(missing)}: give a decoder-only checkpoint of the Llama family")
-    return dict(config)
+    raise_all([f"{path}: {problem}" for problem in size_problems(config)])
+    return config
 
 
 def speculative_method(draft_config: Mapping[str, Any]) -> Literal["draft_model", "eagle3"]:
@@ -243,17 +244,17 @@ def safetensors_files(checkpoint: Path) -> list[Path]:
 
     Some published checkpoints hold the weights twice, sharded and in one consolidated file that the index leaves out.
     """
-    index = checkpoint / "model.safetensors.index.json"
-    if not index.is_file():
+    try:
+        files = sorted(set(headers.weight_map(checkpoint).values()))
+    except FileNotFoundError:
         found = sorted(checkpoint.glob("*.safetensors"))
         if not found:
-            raise QuantkitError(f"{checkpoint} has no *.safetensors: save the checkpoint in that format")
+            raise QuantkitError(f"{checkpoint} has no *.safetensors: save the checkpoint in that format") from None
         return found
-    names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    missing = [name for name in names if not (checkpoint / name).is_file()]
+    missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise QuantkitError(f"{checkpoint} lacks {', '.join(missing)} that its index names: fetch the missing shards")
-    return [checkpoint / name for name in names]
+    return files
 
 
 def bytes_of(checkpoint: Path, name: str) -> int:
@@ -267,17 +268,22 @@ def tensor_bytes(path: Path) -> int:
     return sum(_bytes(dtype, shape) for dtype, shape in tensor_shapes(path).values())
 
 
-def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Name -> (dtype word of safetensors, shape) of one file, from its header."""
-    shapes = {}
+def tensor_shapes(path: Path) -> Header:
+    """Name -> (dtype word of safetensors, shape) of one file, from its header.
+
+    Raises:
+        QuantkitError: no whole safetensors file, or one of a type whose size is not known.
+    """
     try:
-        with safe_open(path, framework="numpy") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a mapping: it cannot be iterated)
-                view = tensors.get_slice(name)
-                shapes[str(name)] = (str(view.get_dtype()), tuple(int(n) for n in view.get_shape()))
-    except (SafetensorError, OSError) as error:
-        raise QuantkitError(f"{path} is not a whole safetensors file ({error}): download or write it again") from error
-    return shapes
+        found = headers.header(path, within=path.parent)
+    except FileNotFoundError:
+        raise QuantkitError(f"{path} is not there: download or write it again") from None
+    unknown = sorted({dtype for dtype, _ in found.values()} - _DTYPE_BITS.keys())
+    if unknown:
+        raise QuantkitError(
+            f"{path} holds tensors of type {', '.join(unknown)}: only {', '.join(_DTYPE_BITS)} are known here"
+        )
+    return found
 
 
 def _bytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 from typing import Generic, Literal, NamedTuple, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
-from quantkit import artifacts, processes
-from quantkit.errors import QuantkitError
+from quantkit import artifacts, foreign, processes
+from quantkit.errors import QuantkitError, one_line
 from quantkit.processes import Spent
 from quantkit.progress import Report, spoken
 
@@ -124,16 +124,27 @@ def run(
     )  # fmt: skip
     if spent.exit_code:
         raise QuantkitError(_failure(name, log, f"ended with exit code {spent.exit_code}"))
+    return Finished(read_result(name, job.method, folder, returns), spent)
+
+
+def read_result(name: str, method: str, folder: Path, returns: type[ResultT]) -> ResultT:
+    """The result.json that an engine's worker left, of the method that was asked for.
+
+    Raises:
+        QuantkitError: there is none, or it is none; with the end of the worker's log.
+    """
+    log = folder / LOG_NAME
     try:
-        result = returns.model_validate_json((folder / "result.json").read_bytes())
+        result = foreign.json_model(folder / "result.json", returns, remedy="report it to its engine", within=folder)
     except FileNotFoundError:
         raise QuantkitError(_failure(name, log, "ended without a result.json")) from None
-    except ValidationError as error:
-        where = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'it'}: {each['msg']}" for each in error.errors())
-        raise QuantkitError(_failure(name, log, f"left a result.json that is none ({where})")) from error
-    if result.method != job.method:
-        raise QuantkitError(_failure(name, log, f"ran method {result.method} where {job.method} was asked for"))
-    return Finished(result, spent)
+    except QuantkitError as error:
+        raise QuantkitError(_failure(name, log, f"left a result.json that is none ({one_line(error)})")) from error
+    if result.method != method:
+        raise QuantkitError(
+            _failure(name, log, f"ran method {one_line(result.method)[:100]} where {method} was asked for")
+        )
+    return result
 
 
 def threads() -> int:

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
-from quantkit import artifacts, processes
+from quantkit import artifacts, foreign, processes
 from quantkit.engines import registry
 from quantkit.errors import QuantkitError
 from quantkit.progress import LINE, Report, spoken
@@ -47,8 +47,8 @@ def python(name: str) -> Path:
 def state(name: str) -> State | None:
     """What is there of the environment; None unless it is whole."""
     try:
-        found = State.model_validate_json((folder(name) / _STATE_NAME).read_bytes())
-    except (FileNotFoundError, ValidationError):
+        found = foreign.json_model(folder(name) / _STATE_NAME, State, remedy="it is made again")
+    except (FileNotFoundError, QuantkitError):
         return None
     return found if python(name).exists() else None  # the Python it was made with may be gone
 

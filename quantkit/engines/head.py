@@ -1,14 +1,13 @@
 """Is an engine's EAGLE-3 head (arXiv 2503.01840) one that vLLM serves before this target? Found out from its files."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from quantkit import artifacts, decoder
+from quantkit import artifacts, decoder, foreign, headers
 from quantkit.architecture import Architecture, linear_shapes, read_architecture
 from quantkit.checkpoint import Checkpoint, copy_companions
 from quantkit.errors import QuantkitError, raise_all
@@ -42,10 +41,11 @@ def take_over(made: Path, out: Path, *, target: Checkpoint, layers: list[int], n
         QuantkitError: everything that is wrong with it, some lines of it.
     """
     try:
-        config = json.loads((made / "config.json").read_bytes())
+        config = foreign.json_object(made / "config.json", remedy="report it to its engine", within=made)
+        headers.header(made / _WEIGHTS, within=made)
         with safe_open(made / _WEIGHTS, framework="pt") as stored:
             tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118  (no mapping)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+    except (OSError, QuantkitError) as error:
         raise QuantkitError(f"engine {name} left no head in {made}: {error}") from error
     found = problems(config, tensors, target=target, layers=layers)
     if len(found) > _SHOWN:
@@ -68,7 +68,8 @@ def problems(
         "fc_norm": False,
     }  # fmt: skip
     found = [f"{key} is {config.get(key)!r}, not {value!r}" for key, value in asked.items() if config.get(key) != value]
-    layer = config.get("transformer_layer_config") or {}
+    layer = config.get("transformer_layer_config")
+    layer = layer if isinstance(layer, dict) else {}
     arch, unread = read_architecture(layer | {"architectures": []})
     found += [f"transformer_layer_config: {problem}" for problem in unread]
     if arch is None:
@@ -86,7 +87,9 @@ def problems(
     )
     if not all(one.shape == other.shape and torch.equal(one, other) for one, other in zip(before, after, strict=True)):
         found.append("rotary embeddings are others than the target's (rope_theta, rope_scaling)")
-    vocabulary = int(config.get("draft_vocab_size") or 0)
+    vocabulary = config.get("draft_vocab_size") or 0
+    if type(vocabulary) is not int or not 0 <= vocabulary <= arch.vocab_size:
+        return [f"draft_vocab_size is {str(vocabulary)[:100]}, the target's vocabulary {arch.vocab_size}"]
     shapes = _shapes(arch, vocabulary, bool(config.get("norm_before_fc")), len(layers))
     for tensor_name in sorted(shapes.keys() | tensors.keys()):
         if tensor_name not in shapes or tensor_name not in tensors:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from quantkit import checkpoint, decoder
+from quantkit import checkpoint, decoder, headers
 from quantkit.architecture import layer_prefix, linear_shapes
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.errors import QuantkitError, raise_all
@@ -28,8 +28,8 @@ def take_over(made: Path, out: Path, *, source: Checkpoint, wanted: Storage, nam
         raise QuantkitError(f"what engine {name} made is not what was asked of it: {error}") from error
     report("taking over the checkpoint", 0, 0)
     names = {file.name for file in opened.shards.values()} | {"config.json"}
-    if (made / checkpoint.INDEX_NAME).is_file():
-        names.add(checkpoint.INDEX_NAME)
+    if (made / headers.INDEX_NAME).is_file():
+        names.add(headers.INDEX_NAME)
     for each in sorted(names):
         (made / each).chmod(0o644)  # safetensors writes for the owner alone; a server runs as another user
         (made / each).replace(out / each)

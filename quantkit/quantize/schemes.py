@@ -1,13 +1,13 @@
 """Which linears are stored otherwise than the rest, or left in 16 bits: patterns worked out before anything runs."""
 
-import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from quantkit.architecture import INPUT_GROUPS, Architecture, layer_prefix, linear_shapes
-from quantkit.errors import raise_all
+from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import Storage, Storages
+from quantkit.patterns import Patterns
 
 
 class Override(NamedTuple):
@@ -34,14 +34,23 @@ def plan(
     problems = []
     special: dict[str, Storage | None] = {}
     names = [layer_prefix(index) + linear for index in range(arch.num_layers) for linear in linear_shapes(arch)]
+
+    patterns = Patterns()
+
+    def matching(pattern: str) -> list[str]:
+        try:
+            return [name for name in names if _matches(pattern, name, patterns)]
+        except ValueError as error:
+            raise QuantkitError(f"{error}: write another, or a shell glob such as '*.down_proj'") from None
+
     for override in overrides:
         given = {k: v for k, v in override._asdict().items() if k != "match" and v is not None}
-        matched = [name for name in names if _matches(override.match, name)]
+        matched = matching(override.match)
         if not matched:
             problems.append(_nothing("override", override.match, names))
         special |= {name: usual._replace(**given) for name in matched}
     for pattern in ignore:
-        matched = [name for name in names if _matches(pattern, name)]
+        matched = matching(pattern)
         if not matched:
             problems.append(_nothing("ignore", pattern, names))
         special |= dict.fromkeys(matched)
@@ -56,9 +65,9 @@ def plan(
     return storages
 
 
-def _matches(pattern: str, name: str) -> bool:
+def _matches(pattern: str, name: str, patterns: Patterns) -> bool:
     if pattern.startswith("re:"):
-        return re.fullmatch(pattern.removeprefix("re:"), name) is not None
+        return patterns.match(pattern.removeprefix("re:"), name, whole=True)
     return fnmatchcase(name, pattern)
 
 

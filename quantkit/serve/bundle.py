@@ -1,16 +1,14 @@
 """The serving bundle: target, draft, vLLM settings, evidence and digests in one folder that can be moved."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
 from tokenizers import Tokenizer
 
-from quantkit import artifacts, provenance
+from quantkit import artifacts, checkpoint, foreign, provenance
 from quantkit.capacity import sizing
-from quantkit.errors import QuantkitError, raise_all
+from quantkit.errors import QuantkitError, raise_all, refusing
 from quantkit.kv_scheme import KINDS, has_kv_scheme, kv_scale_problems
 from quantkit.serve import (
     asking,
@@ -23,6 +21,7 @@ from quantkit.serve import (
     rendering,
 )
 from quantkit.serve import settings as flags
+from quantkit.serve.record import Record
 from quantkit.serve.settings import CONFIG_FILES, DRAFT_DIR, TARGET_DIR, ServeSettings
 from quantkit.speculation import PLACES, RESULTS_KEY, STANDARD_ERRORS, Decision, Plan, Profile, drafted
 from quantkit.speculation import read as read_plans
@@ -126,37 +125,32 @@ def _changed(carried: Mapping[str, artifacts.FileRecord], parts: Mapping[str, Pa
     return problems
 
 
-def checkpoint_problems(checkpoint: Path, role: str) -> list[str]:
+def checkpoint_problems(folder: Path, role: str) -> list[str]:
     """Why a checkpoint directory must not go into a bundle as it is; empty when it may."""
-    if not checkpoint.is_dir():
-        return [f"{role} {checkpoint} is not a directory: give a checkpoint directory"]
+    if not folder.is_dir():
+        return [f"{role} {folder} is not a directory: give a checkpoint directory"]
     found = []
-    for path in _files(checkpoint):
-        name = path.relative_to(checkpoint)
+    for path in _files(folder):
+        name = path.relative_to(folder)
         if path.suffix in _CODE_SUFFIXES:
             found.append(
                 f"{role} {name} can run code when loaded: keep safetensors only (convert, then remove the file)"
             )
-        if not path.resolve().is_relative_to(checkpoint.resolve()):
-            found.append(
-                f"{role} {name} is a link out of {checkpoint}: copy the checkpoint with cp -rL and give the copy"
-            )
+        if not path.resolve().is_relative_to(folder.resolve()):
+            found.append(f"{role} {name} is a link out of {folder}: copy the checkpoint with cp -rL and give the copy")
     try:
-        config = sizing.read_config(checkpoint)
-        sizing.weight_bytes(checkpoint)
-        names = [name for path in sizing.safetensors_files(checkpoint) for name in sizing.tensor_shapes(path)]
+        config = sizing.read_config(folder)
+        sizing.weight_bytes(folder)
+        names = [name for path in sizing.safetensors_files(folder) for name in sizing.tensor_shapes(path)]
         found += [f"{role} {problem}" for problem in kv_scale_problems(config, names)]
+        found += [f"{role}: {problem}" for problem in checkpoint.code_problems(folder)]
     except QuantkitError as error:
         found.append(f"{role}: {error}")
-    for file in ("config.json", "tokenizer_config.json"):
-        if "auto_map" in _json(checkpoint / file):
-            found.append(
-                f"{role} {file} has auto_map, which loads code: use a checkpoint that transformers knows itself"
-            )
-    if not (checkpoint / "tokenizer.json").is_file():
-        found.append(f"{role} {checkpoint} has no tokenizer.json: save a fast tokenizer into it")
+    if not (folder / "tokenizer.json").is_file():
+        found.append(f"{role} {folder} has no tokenizer.json: save a fast tokenizer into it")
     else:
-        found += _beyond_embedding(checkpoint, role)
+        with refusing(f"{role} {folder / 'tokenizer.json'} cannot be read", "get it again"):
+            found += _beyond_embedding(folder, role)
     return found
 
 
@@ -181,7 +175,8 @@ def tokenizer_problems(target: Path, draft: Path) -> list[str]:
     if pair[0].read_bytes() == pair[1].read_bytes():
         return []
     # The bytes differ for many a harmless reason (truncation left set, another version): the ids are what counts.
-    ids_target, ids_draft = (Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True) for path in pair)
+    with refusing("the tokenizers of target and draft cannot be compared", "get their tokenizer.json again"):
+        ids_target, ids_draft = (Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True) for path in pair)
     differing = sorted(
         token for token in ids_target.keys() | ids_draft.keys() if ids_target.get(token) != ids_draft.get(token)
     )
@@ -367,12 +362,9 @@ def _files(directory: Path) -> list[Path]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_bytes())
+        return foreign.json_object(path, remedy="write the checkpoint again")
     except FileNotFoundError:
         return {}
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise QuantkitError(f"{path} is not JSON ({error}): write the checkpoint again") from error
-    return value if isinstance(value, dict) else {}
 
 
 def _empty(out: Path) -> None:
@@ -402,15 +394,20 @@ def _flat(value: object, name: str = "") -> Iterator[tuple[str, str]]:
 
 
 def read_bundle(bundle: Path) -> dict[str, Any]:
-    """bundle.json of a bundle.
+    """bundle.json of a bundle, of the shape that `Record` has.
 
     Raises:
-        QuantkitError: the folder holds none.
+        QuantkitError: the folder holds none, or something else of that name.
     """
-    record = _json(bundle / BUNDLE_JSON)
-    if not record:
-        raise QuantkitError(f"{bundle} holds no {BUNDLE_JSON}: give a folder that `quantkit serve bundle` wrote")
-    return record
+    path, remedy = bundle / BUNDLE_JSON, "build the bundle again"
+    try:
+        found = foreign.json_object(path, remedy=remedy, within=bundle)
+    except FileNotFoundError:
+        raise QuantkitError(
+            f"{bundle} holds no {BUNDLE_JSON}: give a folder that `quantkit serve bundle` wrote"
+        ) from None
+    foreign.validated(Record, found, where=str(path), remedy=remedy)
+    return found
 
 
 def has_chat_template(checkpoint: Path) -> bool:
@@ -423,9 +420,13 @@ def read_flags(bundle: Path, profile: Profile) -> dict[str, Any]:
     """The vLLM settings of one profile, by flag.
 
     Raises:
-        QuantkitError: the folder holds none.
+        QuantkitError: the folder holds none, or no settings.
     """
-    return dict(yaml.safe_load(config_path(bundle, profile).read_text(encoding="utf-8")) or {})
+    path = config_path(bundle, profile)
+    found = foreign.yaml_value(path, what="settings file")
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise QuantkitError(f"{path} holds no settings: build the bundle again")
+    return found
 
 
 def config_path(bundle: Path, profile: Profile) -> Path:

@@ -3,17 +3,15 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import yaml
-
-from quantkit import artifacts, vllm_environment
+from quantkit import artifacts, foreign, vllm_environment
 from quantkit.capacity import sizing
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, refusing
 from quantkit.serve import bundle as bundles
 from quantkit.serve import kv_scales, launch, signing
 from quantkit.serve import settings as flags
@@ -42,7 +40,7 @@ def check(bundle: Path, *, ask_vllm: bool = True, start: bool = False, public_ke
         *_draft_checks(bundle, draft, record),
         _check_record(bundle, record),
         _check_paths(bundle, draft is not None),
-        *(one for room in bundles.ROOMS for one in room.checks(bundle)),
+        *(one for room in bundles.ROOMS for one in _asked(room.__name__.rpartition(".")[2], room.checks, bundle)),
         *signing.checks(bundle, public_key),
     ]
     if not ask_vllm:
@@ -52,6 +50,15 @@ def check(bundle: Path, *, ask_vllm: bool = True, start: bool = False, public_ke
         return [*checks, *(Check(name=name, passed=False, detail=detail) for name in _vllm_names().values())]
     checks += _vllm_checks(bundle)
     return [*checks, _started(bundle, record)] if start and all(one.passed for one in checks) else checks
+
+
+def _asked(name: str, room: Callable[[Path], list[Check]], bundle: Path) -> list[Check]:
+    """A room's checks of its files; files in which it finds nothing that it knows have not passed."""
+    try:
+        with refusing(f"{name} cannot be checked", "build the bundle again"):
+            return room(bundle)
+    except QuantkitError as error:
+        return [Check(name=name, passed=False, detail=str(error))]
 
 
 def _started(bundle: Path, record: dict[str, Any]) -> Check:
@@ -76,11 +83,18 @@ def _check_sums(bundle: Path) -> Check:
     if not path.is_file():
         return Check(name=name, passed=False, detail=f"{name} is missing: build the bundle again")
     listed = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    try:
+        text = foreign.read(path, most=foreign.JSON_BYTES, within=bundle).decode(errors="replace")
+    except QuantkitError as error:
+        return Check(name=name, passed=False, detail=str(error))
+    for line in text.splitlines():
         sha256, separator, file = line.partition("  ")
         if not separator or len(sha256) != 64:
-            return Check(name=name, passed=False, detail=f"{line!r} is not a line of sha256sum")
+            return Check(name=name, passed=False, detail=f"{line[:200]!r} is not a line of sha256sum")
         listed[file] = sha256
+    links = [path for path in sorted(bundle.rglob("*")) if not path.resolve().is_relative_to(bundle.resolve())]
+    if links:
+        return Check(name=name, passed=False, detail=f"{links[0]} is a link out of the bundle: build it again")
     apart = (name, signing.SIGNATURE)  # made after the list
     found = {file: record.sha256 for file, record in artifacts.record_files(bundle).items() if file not in apart}
     problems = [f"{file} is missing" for file in sorted(listed.keys() - found.keys())]
@@ -131,10 +145,10 @@ def _other_settings(bundle: Path, record: dict[str, Any]) -> list[str]:
     """The settings files that say something else than the settings in bundle.json come to."""
     settings, problems = ServeSettings.of(record["settings"]), []
     for profile, file in CONFIG_FILES.items():
-        wanted = yaml.safe_load(flags.to_yaml(settings, profile, sources={}))
+        wanted = foreign.yaml_text(flags.to_yaml(settings, profile, sources={}), what=file)
         try:
-            found = yaml.safe_load((bundle / file).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError):
+            found = bundles.read_flags(bundle, profile)
+        except QuantkitError:
             continue  # said by _check_paths
         names = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
         problems += [f"{file}: {name} is {found.get(name)!r}, by bundle.json {wanted.get(name)!r}" for name in names]
@@ -148,13 +162,16 @@ def _check_paths(bundle: Path, has_draft: bool) -> Check:
     if has_draft:
         with suppress(QuantkitError):  # said by the draft's own check
             kind = sizing.speculative_method(sizing.read_config(bundle / DRAFT_DIR))
-    for file in CONFIG_FILES.values():
+    for profile, file in CONFIG_FILES.items():
         try:
-            found = yaml.safe_load((bundle / file).read_text(encoding="utf-8"))
-        except (OSError, yaml.YAMLError) as error:
+            found = bundles.read_flags(bundle, profile)
+        except QuantkitError as error:
             problems.append(f"{file} cannot be read: {error}")
             continue
         speculation = found.get("speculative-config")
+        if speculation is not None and not isinstance(speculation, dict):
+            problems.append(f"{file}: speculative-config holds no settings")
+            continue
         used = used or speculation is not None
         if speculation is not None and not has_draft:
             problems.append(f"{file}: speculative-config without the folder {DRAFT_DIR}")

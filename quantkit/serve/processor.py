@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantkit import hardware
+from quantkit import foreign, hardware
 from quantkit.kv_scheme import has_kv_scheme
 from quantkit.serve import bundle as bundles
 from quantkit.serve.settings import DRAFT_DIR, TARGET_DIR
@@ -66,5 +66,7 @@ def _bare(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "config.json"
-    return dict(json.loads(path.read_bytes())) if path.is_file() else {}
+    try:
+        return foreign.json_object(checkpoint / "config.json", remedy="build the bundle again", within=checkpoint)
+    except FileNotFoundError:
+        return {}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quantkit import artifacts
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, raise_all
 from quantkit.progress import Report
 from quantkit.serve import bundle as bundles
 from quantkit.serve import check, kv_scales, launch, smoke
@@ -49,8 +49,9 @@ def probe_once(bundle: Path, *, profile: Literal["auto", "gpu", "cpu"], port: in
     """Start the bundle's server, ask it what it promises, stop it.
 
     Raises:
-        QuantkitError: the folder is no bundle, or its server does not start.
+        QuantkitError: the folder is no bundle, something in it has changed, or its server does not start.
     """
+    _refuse_damage(bundle)
     model = str(bundles.read_bundle(bundle)["settings"]["served_model_name"])
     with launch.serving(bundle, profile=profile, port=port, log=log) as server:
         probed = _probe(bundle, server, model)
@@ -79,8 +80,10 @@ def stay_up(
     """Start the bundle's server and keep it until Ctrl-C, having said where it is.
 
     Raises:
-        QuantkitError: the folder is no bundle, its server does not start, or it ends by itself.
+        QuantkitError: the folder is no bundle, something in it has changed, its server does not start, or it ends by
+            itself.
     """
+    _refuse_damage(bundle)
 
     def ready(server: launch.Server) -> None:
         scales = _scales(bundle, server)
@@ -95,6 +98,12 @@ def stay_up(
         say(f"serving on {server.base_url}/v1 ({server.profile} profile); log: {log}; Ctrl-C stops it")
 
     launch.foreground(bundle, profile=profile, port=port, log=log, on_ready=ready)
+
+
+def _refuse_damage(bundle: Path) -> None:
+    """Start nothing of a bundle in which a file has changed: a second, or the time to read all of it."""
+    failed = [one for one in check.check(bundle, ask_vllm=False) if not one.passed]
+    raise_all([f"{bundle} is not started, {one.name}: {one.detail}" for one in failed])
 
 
 def _scales(bundle: Path, server: launch.Server) -> Check:

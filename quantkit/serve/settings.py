@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from quantkit import speculation
 from quantkit.capacity import sizing
-from quantkit.errors import QuantkitError
+from quantkit.errors import QuantkitError, one_line
 from quantkit.kv_scheme import KvCacheType, has_kv_scheme
 from quantkit.recipe import Serve
 from quantkit.speculation import Decision, Plan, Profile
@@ -110,7 +110,10 @@ class ServeSettings(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            lines = [f"{'.'.join(map(str, e['loc']))} = {e['input']!r}: {e['msg']}" for e in error.errors()]
+            lines = [
+                f"{one_line('.'.join(map(str, e['loc'])))[:100]} = {one_line(repr(e['input']))[:200]}: {e['msg']}"
+                for e in error.errors()
+            ]
             raise QuantkitError("serve settings: " + "; ".join(lines)) from error
 
 
