@@ -348,10 +348,11 @@ def manifest(folder: Path) -> Case:
     }  # fmt: skip
     with artifacts.making(made, "draft", inputs={"target": "0" * 64}, settings={"a": {"b": 1}}) as work:
         artifacts.write_text(made / "weights", "x")
-        counted = {"acceptance_rate": 0.4, "accepted_length": 1.8, "per_position": [0.5, 0.3], "standard_error": 0.1}
+        counted = {"acceptance_rate": 0.4, "accepted_length": 1.8, "per_position": [0.5, 0.3]}
+        counted["accepted_length_error"] = 0.1
         work.results |= {
             "plan": [plan], "kept": "after", "loss": "kl", "epoch_losses": [1.0], "train_prompts": 1, "tokens": 64,
-            "held_out_prompts": 1, "speculative_tokens": 2, "acceptance": {"after": {"0": {"vllm": counted}}},
+            "held_out_prompts": 1, "speculative_tokens": 2, "expected_speed_up": {}, "acceptance": {"after": {"0": {"vllm": counted}}},
         }  # fmt: skip
     file = made / artifacts.MANIFEST_NAME
     valid = json.loads(file.read_bytes())
