@@ -352,7 +352,8 @@ def manifest(folder: Path) -> Case:
         counted["accepted_length_error"] = 0.1
         work.results |= {
             "plan": [plan], "kept": "after", "loss": "kl", "epoch_losses": [1.0], "train_prompts": 1, "tokens": 64,
-            "held_out_prompts": 1, "speculative_tokens": 2, "expected_speed_up": {}, "acceptance": {"after": {"0": {"vllm": counted}}},
+            "held_out_prompts": 1, "speculative_tokens": 2, "expected_speed_up": {},
+            "acceptance": {"after": {"0": {"vllm": counted}}},
         }  # fmt: skip
     file = made / artifacts.MANIFEST_NAME
     valid = json.loads(file.read_bytes())
