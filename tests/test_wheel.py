@@ -53,7 +53,7 @@ def test_commands_work_in_another_folder(installed: Path, tmp_path: Path) -> Non
     command = [installed.with_name("quantkit")]
     model = write_tiny_llama(tmp_path / "model")
     assert "serve" in _run([*command, "--help"], cwd=tmp_path)
-    assert "h100" in _run([*command, "plan", "model", "--gpu", "h100-80gb"], cwd=tmp_path).lower()
+    assert "h100" in _run([*command, "plan", "model", "--gpu", "h100-80gb", "--context", "1024"], cwd=tmp_path).lower()
     assert "gptqmodel" in _run([*command, "engines"], cwd=tmp_path)
     _run([*command, "serve", "bundle", "--target", model, "--out", "bundle"], cwd=tmp_path)
     assert (tmp_path / "bundle" / "bundle.json").is_file() and (tmp_path / "bundle" / "README.md").is_file()
