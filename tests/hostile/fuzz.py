@@ -108,6 +108,7 @@ def run(name: str, first: int, count: int, seed: int, folder: Path, found: Any) 
     torch.set_num_threads(1)
     from tests.hostile.formats import FORMATS
 
+    tempfile.tempdir = str(folder)  # transformers converts a GGUF file's tokenizer by way of a temporary file
     case = FORMATS[name](folder)
     warm = Random(0)
     for _ in range(3):  # what is imported once is no input's
@@ -127,7 +128,7 @@ def run(name: str, first: int, count: int, seed: int, folder: Path, found: Any) 
             outcomes[attempt(case, Random(f"{seed} {name} {number}"), watch)] += 1
         except Hole as hole:
             found["hole"] = f"{hole}\n{traceback.format_exc(limit=-8)}"
-            kept = Path(tempfile.gettempdir()) / f"hole-{name.replace(' ', '-')}-{number}"
+            kept = folder.parent / f"hole-{name.replace(' ', '-')}-{number}"
             kept.write_bytes(case.file.read_bytes())
             break
         slowest = max(slowest, (time.monotonic() - begin_s, number))
