@@ -25,7 +25,7 @@ _WITHIN = 6 << 30  # bytes of addresses; what is imported has mapped 4 GiB of th
 )
 def test_a_weight_map_leads_nowhere_else(tmp_path: Path, shard: str) -> None:
     (tmp_path / headers.INDEX_NAME).write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(QuantkitError, match="points outside the checkpoint|is no file name"):
+    with pytest.raises(QuantkitError, match=r"points outside the checkpoint|is no file name"):
         headers.weight_map(tmp_path)
 
 
