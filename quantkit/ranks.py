@@ -4,6 +4,7 @@ Calibration samples are split over the ranks and what was summed over them is ad
 not touch each other, are split over the ranks and what was chosen for them is handed round.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,24 +15,47 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quantkit.errors import QuantkitError
 from quantkit.formats import Grid, QuantizedWeight
 
 Value = TypeVar("Value")
 
+# That a rank waits for another's part of what all do together. A rank that died is noticed at once, by its closed
+# connections; a machine that is gone is not.
+_PATIENCE = timedelta(minutes=30)
+_KNOCK = timedelta(minutes=1)  # how often a rank that has nothing to do asks whether the store is still there
+
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Join the processes that torchrun started; yields this one's device. Without torchrun: the device, alone."""
+    """Join the processes that torchrun started; yields this one's device. Without torchrun: the device, alone.
+
+    Raises:
+        QuantkitError: another rank has died, or its machine answers no more.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield device
         return
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
-    # the others wait while rank 0 has vLLM write for hours; a rank that died is noticed by its closed connection
-    dist.init_process_group("gloo" if own == "cpu" else "nccl", timeout=timedelta(days=2))
     try:
+        dist.init_process_group("gloo" if own == "cpu" else "nccl", timeout=_PATIENCE)
         yield own
+    except RuntimeError as error:
+        if not _of_the_network(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise QuantkitError(
+            f"rank {os.environ.get('RANK')} waited for another one that is gone ({reason[:200]}): look at the other "
+            "ranks' output, and start the same command again; it goes on where it stopped"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _of_the_network(error: RuntimeError) -> bool:
+    """Whether this is how torch says that others are gone: of NCCL and the store by type, of gloo in words alone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 class Order(Protocol):
@@ -48,10 +72,12 @@ HandOut = Callable[[Order], None]
 def leading() -> Iterator[HandOut]:
     """On rank 0: yields what tells the other ranks to follow, before each work; leaving sends them home."""
     busy = False
+    numbers = itertools.count()
 
     def hand_out(order: Order | None) -> None:
         nonlocal busy
         if world_size() > 1:
+            _call(f"order {next(numbers)}")
             dist.broadcast_object_list([order], src=0)
         busy = True
 
@@ -67,7 +93,8 @@ def leading() -> Iterator[HandOut]:
 
 def follow(device: str) -> None:
     """On the other ranks: take part in whatever rank 0 hands out, until it sends them home."""
-    while True:
+    for number in itertools.count():
+        _wait_for(f"order {number}")
         order: list[Order | None] = [None]
         dist.broadcast_object_list(order, src=0)
         if order[0] is None:
@@ -75,13 +102,35 @@ def follow(device: str) -> None:
         order[0].follow(device)
 
 
-def from_first(make: Callable[[], Value]) -> Value:
-    """What rank 0 makes, on every rank."""
+def from_first(name: str, make: Callable[[], Value]) -> Value:
+    """What rank 0 makes, on every rank, however long it takes. name: of this very thing, in the life of the job."""
     made: list[Any] = [make() if rank() == 0 else None]
     if world_size() > 1:
+        if rank() == 0:
+            _call(name)
+        _wait_for(name)
         dist.broadcast_object_list(made, src=0)
     value: Value = made[0]
     return value
+
+
+def _call(name: str) -> None:
+    """On rank 0: end the others' wait."""
+    _store().set(f"quantkit {name}", "")
+
+
+def _wait_for(name: str) -> None:
+    """Wait until rank 0 calls, for hours while vLLM writes; not by a collective, which would take that for its end."""
+    while True:
+        try:
+            _store().wait([f"quantkit {name}"], _KNOCK)
+        except dist.DistStoreError:  # not yet; a store that is gone is a DistNetworkError
+            continue
+        return
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()  # where the ranks met
 
 
 def rank() -> int:

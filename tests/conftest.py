@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.browser", "tests.hosts")
 
 WriteLlama = Callable[..., Path]
 

@@ -118,7 +118,7 @@ def train(
             epoch, weights = progress.epoch, folder / f"on-policy-{progress.epoch:03d}.safetensors"
             if not weights.exists():
                 _write(accelerator, learner, weights)
-            sources.append(ranks.from_first(lambda: replay(epoch, weights)))  # type: ignore[misc]  # noqa: B023
+            sources.append(ranks.from_first(f"replay {epoch}", lambda: replay(epoch, weights)))  # type: ignore[misc]  # noqa: B023
         learner.train()
         saved_s = time.monotonic()
         batches = list(_batches(sources, plan.batch_size, seed=plan.seed + progress.epoch))
