@@ -149,7 +149,7 @@ def _machines() -> list[dict[str, Any]]:
     kind = "CPU" if vllm_environment.is_cpu_build() else "GPU"
     found = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) >= 1]
     if not found:
-        raise QuantkitError(f"the Ray cluster has no {kind} to run vLLM on: add machines to it, or leave out --cluster")
+        raise QuantkitError(f"the Ray cluster has no {kind} to run vLLM on: add machines to it, or leave out --on")
     return found
 
 
