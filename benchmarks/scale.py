@@ -9,6 +9,7 @@ network is not in it. With more processes than cores (`--ranks 4` on two) the fi
     python benchmarks/scale.py runs/quickstart/checkpoint --out runs/scale --stage draft --ranks 1 --ranks 2 --ranks 4
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -113,13 +114,14 @@ def _work(stage: str, model: Path, out: Path, tokens: int, length: int, effort: 
 def _quantization(watch: Watch, model: Path, out: Path, tokens: int, length: int, effort: str) -> Callable[[], object]:
     import torch
 
-    from quantkit import ranks
+    from quantkit import decoder, ranks
     from quantkit.checkpoint import open_checkpoint
     from quantkit.progress import silent
     from quantkit.quantize import layer, stream
     from quantkit.tokens import TokenSet
 
     checkpoint = open_checkpoint(model)
+    decoder.rotation(checkpoint.config, length, dtype=torch.float32, device="cpu")  # imports transformers
     drawn = torch.Generator().manual_seed(1)
     windows = torch.randint(4, checkpoint.arch.vocab_size, (tokens // length, length), generator=drawn)
     settings = layer.Settings.of(
@@ -158,6 +160,8 @@ def _training(model: Path, out: Path, tokens: int, length: int) -> Callable[[], 
         initialize.write_draft(initial, *initialize.from_layers(target, [0, target.arch.num_layers - 1]), model)
         return teacher.listen(target, texts[:-2], top_k=None, device="cpu", folder=out / "said", report=silent)
 
+    train.build_model(target, dtype=torch.float32)  # imports transformers
+    importlib.import_module("accelerate")
     material = train.Material(texts[:-2], ranks.from_first("what the target said", prepare), texts[-2:])
     plan = train.Plan("forward_kl", 1, 8, 1e-4, 0.1, 1, False, 3, 0)
     return lambda: train.train(initial, material, plan, folder=out, report=silent)
