@@ -190,12 +190,12 @@ def make_bundle() -> Callable[..., Path]:
 
 
 class RayCluster(NamedTuple):
-    """A Ray cluster that a test started: where, its processes' session, its logs, and where it shows its metrics."""
+    """A Ray cluster that a test started: where, its processes' sessions, its logs, and where it shows its metrics."""
 
     address: str
     session_ids: tuple[int, ...]  # of each node's processes
     logs: Path
-    metrics_url: str
+    metrics_urls: tuple[str, ...]  # of each node
 
     def processes(self, word: bytes = b"", *, node: int | None = None) -> set[int]:
         """Its living processes, or those of one node, that have a word in their command."""
@@ -244,15 +244,19 @@ def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Ite
                 started.append(_start_ray(head))
             for other in hosts[1:]:
                 node = [*ray, "--address", f"{host}:{ports['']}", "--node-ip-address", other.address]
+                node += ["--metrics-export-port", ports["metrics-export-"]]
                 with other.inside():
                     started.append(_start_ray(node))
             yield RayCluster(
                 address=f"{host}:{ports['']}", session_ids=tuple(node.pid for node in started),
                 logs=Path(folder) / "session_latest" / "logs",
-                metrics_url=f"http://{host}:{ports['metrics-export-']}/metrics",
+                metrics_urls=tuple(
+                    f"http://{each}:{ports['metrics-export-']}/metrics"
+                    for each in (host, *(other.address for other in hosts[1:]))
+                ),
             )  # fmt: skip
         finally:
-            cluster = RayCluster("", tuple(node.pid for node in started), Path(folder), "")
+            cluster = RayCluster("", tuple(node.pid for node in started), Path(folder), ())
             while left := cluster.processes():  # asked to end by itself it takes a minute
                 for process in left:
                     with suppress(ProcessLookupError):

@@ -73,8 +73,9 @@ FORMULAS = {
     f"disk; rate: {EFFICIENCY:g} of the 16-bit peak, float32 products at 1/{1 / FLOAT32_SHARE:.0f} of that; link "
     f"{LINK_BYTES_S / 1e9:g} GB/s a GPU, all-reduce 2 (N-1)/N of the bytes; disk {DISK_BYTES_S / 1e9:g} GB/s a process",
     "quantize": "16 bits, shared: (2 * 2 + 3 s) * 2 T W, and 4 s T C V of the head. float32, shared: 13/8 * 2 T "
-    "sum(I^2) of Gram matrices, 5/8 * 2 s T F of curvature, 2 * rows * I^2 of rounding; on every rank: 6 sum(I^3) of factoring. "
-    "Link: 4 (2 sum(I^2) + C I + F) bytes, and W broadcast. Disk: the weights 4 times. T tokens, W weights of linears, "
+    "sum(I^2) of Gram matrices, 5/8 * 2 s T F of curvature, 2 * rows * I^2 of rounding; on every rank: 6 sum(I^3) of "
+    "factoring. Link: 4 (2 sum(I^2) + C I + F) bytes, and W broadcast. Disk: the weights 4 times. T tokens, W weights "
+    "of linears, "
     "I inputs of a group of them, F elements of curvature, s the share of T that it is measured on",
     "answers": f"(prompts * {WRITTEN:g} * prompt tokens + (prompts + held out) * answer tokens) / (replicas * tokens/s "
     f"of {_SEQUENCES} sequences, or those that fit, in 4 bits, prompts read between)",

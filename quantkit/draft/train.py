@@ -366,7 +366,9 @@ def _write(accelerator: Any, learner: Any, path: Path) -> None:
     """The draft's weights by their names in a checkpoint, float32; every process takes part, one writes."""
     whole = accelerator.get_state_dict(learner)
     if ranks.rank() == 0:
-        weights = {name.removeprefix("draft."): tensor.cpu() for name, tensor in whole.items()}
+        # gathered shards may still be on their way, as a kind of tensor that a copy waits for
+        arrived = {name: each if type(each) is Tensor else each.clone() for name, each in whole.items()}
+        weights = {name.removeprefix("draft."): tensor.cpu() for name, tensor in arrived.items()}
         if accelerator.unwrap_model(learner).draft.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
         save_tensors(path, weights)
