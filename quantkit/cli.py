@@ -70,9 +70,9 @@ def _was_given(name: str) -> bool:
 
 _seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
 _fresh = click.option("--fresh", is_flag=True, help="Replace what --out holds instead of resuming or refusing.")
-_cluster = click.option(
-    "--cluster", metavar="ADDRESS",
-    help="Ray cluster on which the target writes and answers: HOST:PORT, or auto (RAY_ADDRESS, or the one here).",
+_on = click.option(
+    "--on", "cluster", metavar="ADDRESS", callback=option_values.cluster,
+    help="Ray cluster on which vLLM writes and answers: ray://HOST:PORT, or auto (RAY_ADDRESS, or the one here).",
 )  # fmt: skip
 _device = click.option("--device", default="cpu", show_default=True, help="torch device, for example cuda.")
 
@@ -98,7 +98,7 @@ def main() -> None:
 )
 @click.option("--fresh", is_flag=True, help="Do every stage again.")
 @click.option("--dry-run", is_flag=True, help="Say what each stage would do, and write nothing.")
-@_cluster
+@_on
 @_friendly
 def run(
     recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_run: bool, cluster: str | None
@@ -199,13 +199,14 @@ def run(
     "--memory-budget", callback=option_values.size, metavar="SIZE",
     help="Refuse to begin where more is needed: 16GiB. Hidden states lie in files and do not count.",
 )  # fmt: skip
+@_on
 @_device
 @_seed
 @_fresh
 @_friendly
 def quantize(
     checkpoint: Path, out: Path, text: tuple[str, ...], samples: int, length: int, memory_budget: int | None,
-    device: str, seed: int, fresh: bool, format_: str | None, bits: str, **asked: Any,
+    device: str, cluster: str | None, seed: int, fresh: bool, format_: str | None, bits: str, **asked: Any,
 ) -> None:  # fmt: skip
     """4-bit weights for CHECKPOINT, stored so that vLLM loads them.
 
@@ -233,7 +234,7 @@ def quantize(
         with ranks.leading() as hand_out:
             stage = stages.quantize(
                 checkpoint, calibration=windows, settings=settings, seed=seed, device=own_device,
-                memory_budget=memory_budget, hand_out=hand_out,
+                memory_budget=memory_budget, hand_out=hand_out, cluster=cluster,
             )  # fmt: skip
             stages.run_stage(stage, out, display=_display(), replace=fresh)
     click.echo(str(out))
@@ -314,13 +315,14 @@ def engines_install(name: str) -> None:
     "--profile", default="default", show_default=True, help="Limits: default, strict, small-model, none or a file."
 )
 @click.option("--max-perplexity-drift", help="Instead of the profile's, for example 0.5%.")
+@_on
 @_device
 @_seed
 @_fresh
 @_friendly
 def evaluate(
-    candidates: tuple[Path, ...], reference: Path, compare: bool, out: Path, draft: Path | None, device: str, seed: int,
-    fresh: bool, **settings: Any,
+    candidates: tuple[Path, ...], reference: Path, compare: bool, out: Path, draft: Path | None, device: str,
+    cluster: str | None, seed: int, fresh: bool, **settings: Any,
 ) -> None:  # fmt: skip
     """Whether CANDIDATES may be served: perplexity drift, KL and agreement with FP16; exit 8 when a gate fails, 9
     when there is too little text to tell.
@@ -331,19 +333,28 @@ def evaluate(
       quantkit eval llama-w4 --reference Llama-3.1-8B-Instruct --out report --text held-out.txt --profile strict \\
           --served --kv-cache auto --kv-cache fp8 --task everyday
       quantkit eval --compare llama-w4 llama-w8 --reference Llama-3.1-8B-Instruct --out report --text held-out.txt
+      torchrun --nproc-per-node 4 --no-python quantkit eval w4 --reference llama --out report --text t.txt --device cuda
     """
-    from quantkit import recipe, stages, summary
+    from quantkit import ranks, recipe, stages, summary
     from quantkit.errors import QuantkitError
 
     if len(candidates) > 1 and not compare:
         raise QuantkitError(f"{len(candidates)} candidates: give --compare to see them beside one another")
     checked = recipe.check(recipe.Evaluate, settings, where="eval")
-    display = _display()
-    stage = stages.evaluate(candidates, reference, settings=checked, seed=seed, draft=draft, device=device)
-    try:
-        stages.run_stage(stage, out, display=display, replace=fresh)
-    finally:
-        summary.print_evaluation(display.console, out)
+    with ranks.joined(device) as own_device:
+        if ranks.rank() > 0:
+            ranks.follow(own_device)
+            return
+        display = _display()
+        try:
+            with ranks.leading() as hand_out:
+                stage = stages.evaluate(
+                    candidates, reference, settings=checked, seed=seed, draft=draft, device=own_device,
+                    hand_out=hand_out, cluster=cluster,
+                )  # fmt: skip
+                stages.run_stage(stage, out, display=display, replace=fresh)
+        finally:
+            summary.print_evaluation(display.console, out)
 
 
 @main.command("train-draft")
@@ -393,7 +404,7 @@ def evaluate(
     "--quantize", type=click.Choice(["no", "fast", "default", "high"]), default="default", show_default=True,
     help="Effort of the draft's own 4-bit weights; kept where the estimated speed-up with them is higher.",
 )  # fmt: skip
-@_cluster
+@_on
 @_seed
 @_fresh
 @_friendly
@@ -409,7 +420,7 @@ def train_draft(
       quantkit train-draft llama-w4 --out draft --keep-layers 8 --loss forward_kl --temperature 0 --temperature 1
       quantkit train-draft llama-w4 --out head --kind eagle3 --prompts self:2000
       torchrun --nproc-per-node 4 --no-python quantkit train-draft llama-w4 --out draft --keep-layers 8
-      quantkit train-draft /shared/llama-w4 --out /shared/draft --keep-layers 8 --cluster auto
+      quantkit train-draft /shared/llama-w4 --out /shared/draft --keep-layers 8 --on ray://10.0.0.1:6379
     """
     import torch
 

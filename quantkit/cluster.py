@@ -9,7 +9,6 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -62,7 +61,7 @@ def run(folder: Path, address: str) -> None:
                 max_concurrent_batches=-(-job.max_num_seqs // _BATCH), log_engine_metrics=False,
                 chat_template_stage=False, tokenize_stage=False, detokenize_stage=False,
             ),
-            postprocess=lambda row: {"name": row["name"], "tokens": row["generated_tokens"]},
+            postprocess=_scored if job.requests[0].prompt_logprobs else _answered,
             preprocess_map_kwargs=beside, postprocess_map_kwargs=beside,
         )  # fmt: skip
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -70,7 +69,9 @@ def run(folder: Path, address: str) -> None:
         asked, ends = {request.name: request for request in missing}, _own_stop_tokens(model)
         with (folder / RESULTS_NAME).open("a", buffering=1) as stream:
             for row in processor(dataset).iter_rows():
-                stream.write(_result(asked[row["name"]], row["tokens"], ends).model_dump_json() + "\n")
+                request = asked.pop(row["name"], None)
+                if request is not None:  # of an engine that died Ray asks again what it had in hand
+                    stream.write(_result(request, row, ends).model_dump_json() + "\n")
     finally:
         ray.shutdown()  # its engines end with the driver that they are for
 
@@ -149,7 +150,7 @@ def _machines() -> list[dict[str, Any]]:
     kind = "CPU" if vllm_environment.is_cpu_build() else "GPU"
     found = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) >= 1]
     if not found:
-        raise QuantkitError(f"the Ray cluster has no {kind} to run vLLM on: add machines to it, or leave out --cluster")
+        raise QuantkitError(f"the Ray cluster has no {kind} to run vLLM on: add machines to it, or leave out --on")
     return found
 
 
@@ -170,8 +171,8 @@ def _row(request: Request) -> dict[str, Any]:
     """
     sampling = offline_worker.sampling_settings(request) | {"seed": request.seed or 0}
     assert request.seed is not None or request.temperature == 0
-    assert not request.prompt_logprobs
-    del sampling["prompt_logprobs"]
+    if not request.prompt_logprobs:
+        del sampling["prompt_logprobs"]
     return {"name": request.name, "tokenized_prompt": request.prompt, "sampling_params": sampling}
 
 
@@ -184,11 +185,26 @@ def _own_stop_tokens(model: str) -> set[int]:
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
-def _result(request: Request, tokens: Sequence[int], ends: set[int]) -> Result:
+def _answered(row: dict[str, Any]) -> dict[str, Any]:
+    """What Ray brings back of an answer."""
+    return {"name": row["name"], "tokens": row["generated_tokens"]}
+
+
+def _scored(row: dict[str, Any]) -> dict[str, Any]:
+    """What Ray brings back where the prompt's tokens were scored: of each but the first one entry, its own."""
+    logprobs = [next(iter(entry.values()))["logprob"] for entry in row["prompt_logprobs"][1:]]
+    return _answered(row) | {"prompt_logprobs": logprobs}
+
+
+def _result(request: Request, row: dict[str, Any], ends: set[int]) -> Result:
     """Ray does not hand on why an answer ended: its last token tells."""
-    said = [int(token) for token in tokens]
+    said = [int(token) for token in row["tokens"]]
     stopped = said[-1] in ends.union(request.stop_token_ids)
-    return Result(name=request.name, tokens=said, finished="stop" if stopped else "length")
+    scored = row.get("prompt_logprobs")
+    return Result(
+        name=request.name, tokens=said, finished="stop" if stopped else "length",
+        prompt_logprobs=None if scored is None else [float(each) for each in scored],
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ import torch
 from quantkit import chat_template as rendering
 from quantkit import foreign, offline, text, tokens
 from quantkit.artifacts import write_text
+from quantkit.capacity.duration import WRITTEN
 from quantkit.errors import QuantkitError
 from quantkit.offline import Session
 from quantkit.progress import LINE, Report
 from quantkit.tokens import TokenSet
 
 _MARK = "\u241e"  # stands for the user's words while the template is cut apart; no prompt holds it
-_SPARE = 1.35  # prompts asked for per prompt wanted: some are cut off, some come twice
 
 
 class Exchange(NamedTuple):
@@ -115,7 +115,7 @@ def _self_written(
             name=f"prompt-{number}", prompt=template.before, temperature=1.0, max_tokens=longest,
             seed=seed * 1_000_003 + number, stop_token_ids=sorted(stop),
         )
-        for number in range(round(count * _SPARE))
+        for number in range(round(count * WRITTEN))
     ]  # fmt: skip
     job = offline.Job(model=str(target), requests=requests, max_model_len=len(template.before) + longest + 1, seed=seed)
     results, _ = session.run(

@@ -103,14 +103,17 @@ class Speculation(BaseModel):
 class Session:
     """A child process with vLLM imported, which takes jobs one after the other; started with the first job.
 
-    Importing vLLM takes longer than starting an engine in it, so jobs that follow each other share the child. Close it
+    Importing vLLM takes longer than starting an engine in it, so jobs that follow each other share a child. Close it
     (or leave the `with` block) to give its memory back.
     """
 
     def __init__(self, *, cluster: str | None = None) -> None:
-        """With the address of a Ray cluster (`auto`: RAY_ADDRESS, or the one here), its machines answer instead."""
+        """With the address of a Ray cluster (`auto`: RAY_ADDRESS, or the one here), its machines answer instead.
+
+        What is counted of a draft, and what is timed, is of this machine in any case.
+        """
         self._cluster = cluster
-        self._child: processes.Worker | None = None
+        self._children: dict[str | None, processes.Worker] = {}  # by where they work; None: here
 
     def __enter__(self) -> "Session":
         return self
@@ -130,7 +133,7 @@ class Session:
         Raises:
             QuantkitError: vLLM is not installed, or the child failed; with the telling line of its log.
         """
-        assert self._cluster is None or (job.draft is None and not any(each.prompt_logprobs for each in job.requests))
+        where = self._cluster if job.draft is None else None  # Ray hands on no counters
         folder.mkdir(parents=True, exist_ok=True)
         results_path, job_path, counters = folder / RESULTS_NAME, folder / "job.json", folder / "speculation.json"
         text = job.model_dump_json()
@@ -142,7 +145,7 @@ class Session:
         found = _read_results(results_path)
         if len(found) < len(job.requests):
             on_result(len(found), len(job.requests))
-            self._ask(folder, lambda: on_result(_count_lines(results_path), len(job.requests)))
+            self._ask(folder, lambda: on_result(_count_lines(results_path), len(job.requests)), where)
             found = _read_results(results_path)
         missing = [request.name for request in job.requests if request.name not in found]
         if missing:
@@ -156,7 +159,6 @@ class Session:
         Raises:
             QuantkitError: vLLM is not installed, or the child failed; with the telling line of its log.
         """
-        assert self._cluster is None
         folder.mkdir(parents=True, exist_ok=True)
         timing_path, seconds_path = folder / TIMING_NAME, folder / SECONDS_NAME
         text = timing.model_dump_json()
@@ -167,33 +169,34 @@ class Session:
         return Seconds.model_validate_json(seconds_path.read_bytes())
 
     def close(self) -> None:
-        """End the child, if there is one."""
-        child, self._child = self._child, None
-        if child is not None:
-            child.close()
+        """End the children, if there are any."""
+        for where in list(self._children):
+            self._children.pop(where).close()
 
-    def _ask(self, folder: Path, on_tick: Callable[[], None]) -> None:
-        """Have the child run the job in `folder`."""
-        child = self._child or self._start(folder)
+    def _ask(self, folder: Path, on_tick: Callable[[], None], where: str | None = None) -> None:
+        """Have the child that works there run the job in `folder`."""
+        if where not in self._children:
+            self._children[where] = _start(folder, where)
+        child = self._children[where]
         if not child.ask(str(folder.resolve()), on_tick):
             self.close()
             line = processes.telling_line(child.log).removeprefix("quantkit.errors.QuantkitError: ")
-            who = "vLLM" if self._cluster is None else "vLLM on Ray"
+            who = "vLLM" if where is None else "vLLM on Ray"
             raise QuantkitError(f"{who} failed ({line}); the whole log is {child.log}")
 
-    def _start(self, folder: Path) -> processes.Worker:
-        if vllm_environment.distribution() is None:
-            raise QuantkitError(f"vLLM is not installed: {vllm_environment.INSTALL_HINT}")
-        on_cpu = vllm_environment.is_cpu_build()
-        env = vllm_environment.process_environment(on_cpu=on_cpu) | vllm_environment.one_process(on_cpu=on_cpu)
-        command = [sys.executable, "-P", "-m", "quantkit.offline_worker"]
-        if self._cluster is not None:
-            command[-1:] = ["quantkit.cluster", self._cluster]
-            # how to reach it, and what proves that one may
-            env |= processes.passed_on(name for name in os.environ if name.startswith("RAY_"))
-            env["RAY_USAGE_STATS_ENABLED"] = "0"
-        self._child = processes.Worker(command, env=env, log=folder / "worker.log")
-        return self._child
+
+def _start(folder: Path, where: str | None) -> processes.Worker:
+    if vllm_environment.distribution() is None:
+        raise QuantkitError(f"vLLM is not installed: {vllm_environment.INSTALL_HINT}")
+    on_cpu = vllm_environment.is_cpu_build()
+    env = vllm_environment.process_environment(on_cpu=on_cpu) | vllm_environment.one_process(on_cpu=on_cpu)
+    command = [sys.executable, "-P", "-m", "quantkit.offline_worker"]
+    if where is not None:
+        command[-1:] = ["quantkit.cluster", where]
+        # how to reach it, and what proves that one may
+        env |= processes.passed_on(name for name in os.environ if name.startswith("RAY_"))
+        env["RAY_USAGE_STATS_ENABLED"] = "0"
+    return processes.Worker(command, env=env, log=folder / "worker.log")
 
 
 def _read_results(path: Path) -> dict[str, Result]:

@@ -13,6 +13,17 @@ def size(context: click.Context, parameter: click.Parameter, text: str | None) -
         raise click.BadParameter(str(error)) from error
 
 
+def cluster(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
+    """`ray://HOST:PORT`, `HOST:PORT` or `auto`, as Ray itself takes it."""
+    if text is None or text == "auto":
+        return text
+    scheme, _, address = text.rpartition("://")
+    host, _, port = address.rpartition(":")
+    if scheme not in ("", "ray") or not host or not port.isdigit():
+        raise click.BadParameter(f"{text!r}: write it as ray://HOST:PORT, the address that `ray start --head` printed")
+    return address
+
+
 def count_or_all(context: click.Context, parameter: click.Parameter, text: str) -> int | str:
     """A number from 1, or `all`."""
     if text == "all" or (text.isdigit() and int(text) > 0):

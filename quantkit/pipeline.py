@@ -23,7 +23,7 @@ class Step(NamedTuple):
 
 
 def plan(recipe: Recipe, out: Path, *, cluster: str | None = None) -> list[Step]:
-    """The stages of a recipe, in order; those of a run in `out`. `cluster` is where a draft's target answers.
+    """The stages of a recipe, in order; those of a run in `out`. `cluster` is where vLLM answers.
 
     Raises:
         QuantkitError: everything that can be seen to be wrong before any work.
@@ -38,9 +38,10 @@ def plan(recipe: Recipe, out: Path, *, cluster: str | None = None) -> list[Step]
     target, report, draft, bundle = out / "target", out / "report", out / "draft", out / "bundle"
     steps += [
         Step("target", stages.quantize(
-            checkpoint, calibration=recipe.calibration, settings=recipe.quantize, seed=recipe.seed)),
+            checkpoint, calibration=recipe.calibration, settings=recipe.quantize, seed=recipe.seed,
+            cluster=cluster)),
         Step("report", stages.evaluate(
-            [target], checkpoint, settings=recipe.evaluate, seed=recipe.seed, note=recipe.note)),
+            [target], checkpoint, settings=recipe.evaluate, seed=recipe.seed, note=recipe.note, cluster=cluster)),
         Step("draft", stages.train_draft(
             target, settings=recipe.draft, seed=recipe.seed, cluster=cluster)),
         Step("bundle", stages.bundle(target, draft=draft, report_dir=report, settings=recipe.serve)),

@@ -4,9 +4,11 @@ Calibration samples are split over the ranks and what was summed over them is ad
 not touch each other, are split over the ranks and what was chosen for them is handed round.
 """
 
+import itertools
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -14,24 +16,48 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from quantkit.errors import QuantkitError
 from quantkit.formats import Grid, QuantizedWeight
 
 Value = TypeVar("Value")
 
+# That a rank waits for another's part of what all do together. A rank that died is noticed at once, by its closed
+# connections; a machine that is gone is not.
+_PATIENCE = timedelta(minutes=30)
+_HOME = "home"
+_KNOCK = timedelta(minutes=1)  # how often a rank that has nothing to do asks whether the store is still there
+
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Join the processes that torchrun started; yields this one's device. Without torchrun: the device, alone."""
+    """Join the processes that torchrun started; yields this one's device. Without torchrun: the device, alone.
+
+    Raises:
+        QuantkitError: another rank has died, or its machine answers no more.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield device
         return
     own = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if device == "cuda" else device
-    # the others wait while rank 0 has vLLM write for hours; a rank that died is noticed by its closed connection
-    dist.init_process_group("gloo" if own == "cpu" else "nccl", timeout=timedelta(days=2))
     try:
+        dist.init_process_group("gloo" if own == "cpu" else "nccl", timeout=_PATIENCE)
         yield own
+    except RuntimeError as error:
+        if not _of_the_network(error):
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", " ".join(str(error).split())).split(". ")[0]
+        raise QuantkitError(
+            f"rank {os.environ.get('RANK')} waited for another one that is gone ({reason[:200]}): look at the other "
+            "ranks' output, and start the same command again; it goes on where it stopped"
+        ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _of_the_network(error: RuntimeError) -> bool:
+    """Whether this is how torch says that others are gone: of NCCL and the store by type, of gloo in words alone."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 class Order(Protocol):
@@ -47,41 +73,69 @@ HandOut = Callable[[Order], None]
 @contextmanager
 def leading() -> Iterator[HandOut]:
     """On rank 0: yields what tells the other ranks to follow, before each work; leaving sends them home."""
-    busy = False
+    numbers = itertools.count()
 
-    def hand_out(order: Order | None) -> None:
-        nonlocal busy
+    def hand_out(order: Order) -> None:
         if world_size() > 1:
+            _call(f"order {next(numbers)}")
             dist.broadcast_object_list([order], src=0)
-        busy = True
 
     try:
         yield hand_out
     except BaseException:
-        if busy:  # in the midst of what all do together they cannot listen: they end when this process does
-            raise
-        hand_out(None)
+        # In the midst of what all do together they do not listen: they end when this process does.
+        if world_size() > 1:
+            with suppress(dist.DistError):
+                _call(f"order {next(numbers)}", _HOME)
         raise
-    hand_out(None)
+    if world_size() > 1:
+        _call(f"order {next(numbers)}", _HOME)
+        with suppress(RuntimeError):  # of one that is gone already
+            barrier()  # it may be this process that keeps what they listen to
 
 
 def follow(device: str) -> None:
     """On the other ranks: take part in whatever rank 0 hands out, until it sends them home."""
-    while True:
+    for number in itertools.count():
+        if _wait_for(f"order {number}") == _HOME:
+            break
         order: list[Order | None] = [None]
         dist.broadcast_object_list(order, src=0)
-        if order[0] is None:
-            return
+        assert order[0] is not None
         order[0].follow(device)
+    with suppress(RuntimeError):
+        barrier()
 
 
-def from_first(make: Callable[[], Value]) -> Value:
-    """What rank 0 makes, on every rank."""
+def from_first(name: str, make: Callable[[], Value]) -> Value:
+    """What rank 0 makes, on every rank, however long it takes. name: of this very thing, in the life of the job."""
     made: list[Any] = [make() if rank() == 0 else None]
     if world_size() > 1:
+        if rank() == 0:
+            _call(name)
+        _wait_for(name)
         dist.broadcast_object_list(made, src=0)
     value: Value = made[0]
     return value
+
+
+def _call(name: str, what: str = "") -> None:
+    """On rank 0: end the others' wait."""
+    _store().set(f"quantkit {name}", what)
+
+
+def _wait_for(name: str) -> str:
+    """Wait until rank 0 calls, for hours while vLLM writes; not by a collective, which would take that for its end."""
+    while True:
+        try:
+            _store().wait([f"quantkit {name}"], _KNOCK)
+        except dist.DistStoreError:  # not yet; a store that is gone is a DistNetworkError
+            continue
+        return str(_store().get(f"quantkit {name}").decode())
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()  # where the ranks met
 
 
 def rank() -> int:
@@ -116,6 +170,41 @@ def sum_up(sums: dict[str, Tensor], count: int) -> int:
     total = torch.tensor(count, device=next((tensor.device for tensor in sums.values()), alone))
     dist.all_reduce(total)
     return int(total)
+
+
+def collect(own: Tensor, rows: Sequence[int]) -> list[Tensor]:
+    """Tensors of so many rows each, one of each rank, on rank 0 in their order; on the others nothing."""
+    if rank() > 0:
+        if len(own):
+            dist.send(_sendable(own), dst=0)
+        return []
+    parts = [own]
+    for source in range(1, world_size()):
+        part = _sendable(torch.empty(rows[source], *own.shape[1:], dtype=own.dtype))
+        if len(part):
+            dist.recv(part, src=source)
+        parts.append(part.to(own.device))
+    return parts
+
+
+def deal(parts: Sequence[Tensor] | None, like: Tensor) -> Tensor:
+    """On rank 0 a tensor for each rank, of which this one's is returned; the others give None, and their shape."""
+    if rank() > 0:
+        own = _sendable(like)
+        if len(own):
+            dist.recv(own, src=0)
+        return own.to(like.device)
+    assert parts is not None
+    for target, part in enumerate(parts[1:], start=1):
+        if len(part):
+            dist.send(_sendable(part), dst=target)
+    return parts[0]
+
+
+def _sendable(tensor: Tensor) -> Tensor:
+    """On the GPU where NCCL carries it, else on the CPU."""
+    on_gpu = dist.get_backend() == "nccl"
+    return tensor.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if on_gpu else "cpu").contiguous()
 
 
 def take_largest(tensors: dict[str, Tensor]) -> None:

@@ -88,16 +88,17 @@ def import_checkpoint(gguf: Path) -> Stage:
 
 def quantize(
     checkpoint: Path, *, calibration: TextWindows, settings: Quantize, seed: int, device: str = "cpu",
-    memory_budget: int | None = None, hand_out: "ranks.HandOut" = lambda order: None,
+    memory_budget: int | None = None, hand_out: "ranks.HandOut" = lambda order: None, cluster: str | None = None,
 ) -> Stage:  # fmt: skip
     """FP16 checkpoint -> 4-bit checkpoint that vLLM loads, by the native engine or another one.
 
     The native engine goes on where an interrupted run stopped; any other begins again. `hand_out` tells other processes
-    to help.
+    to help. On a Ray cluster the checkpoint writes what it is to be calibrated on besides.
 
     Raises:
-        QuantkitError: everything that the settings ask for and the engine does not do.
+        QuantkitError: everything that the settings ask for and the engine does not do; a cluster, and no Ray here.
     """
+    _check_cluster(cluster)
     raise_all(engine_problems(settings, memory_budget=memory_budget))
     native = settings.engine == "native"
 
@@ -110,7 +111,7 @@ def quantize(
 
         def windows(continuations: int = 0) -> "TokenSet":
             return _calibration_windows(
-                calibration, checkpoint, continuations, seed=seed, folder=work.partial, report=report
+                calibration, checkpoint, continuations, seed=seed, folder=work.partial, report=report, cluster=cluster
             )
 
         if native:
@@ -282,15 +283,17 @@ def _counted(windows: "TokenSet") -> dict[str, Any]:
 
 def evaluate(
     candidates: Sequence[Path], reference: Path, *, settings: Evaluate, seed: int, draft: Path | None = None,
-    note: str = "", device: str = "cpu",
+    note: str = "", device: str = "cpu", hand_out: "ranks.HandOut" = lambda order: None, cluster: str | None = None,
 ) -> Stage:  # fmt: skip
     """Candidates against their reference; the verdict stops the run when a gate fails, or cannot tell.
 
-    draft: the acceptance of this draft before each candidate is measured by vLLM.
+    draft: the acceptance of this draft before each candidate is measured by vLLM, here.
+    hand_out, cluster: other processes, and a Ray cluster, that help; what they do decides no byte.
 
     Raises:
-        QuantkitError: no such profile of limits, or task.
+        QuantkitError: no such profile of limits, or task; a cluster, and no Ray here.
     """
+    _check_cluster(cluster)
     from quantkit.evaluate import gates, tasks
 
     limits = gates.profile(settings.profile)
@@ -306,7 +309,7 @@ def evaluate(
         work.results |= pages.evaluate(
             judged, reference, settings=settings, limits=limits,
             acceptance=_acceptance(draft, work.partial, report), seed=seed, note=note, out=work.out,
-            folder=work.partial, device=device, report=report,
+            folder=work.partial, device=device, report=report, hand_out=hand_out, cluster=cluster,
         )  # fmt: skip
 
     def verdict(manifest: Manifest) -> None:
@@ -399,8 +402,7 @@ def train_draft(
     with_head = settings.kind == "eagle3"
     if with_head and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise QuantkitError("kind eagle3 is trained by one process: leave out torchrun")
-    if cluster is not None:
-        vllm_environment.check_ray()
+    _check_cluster(cluster)
 
     def make(work: Work, report: Report) -> None:
         from quantkit import checkpoint as checkpoints
@@ -446,6 +448,11 @@ def train_draft(
             tokens.load_tokenizer(path)
 
     return Stage("train-draft", "draft", inputs, shape, make, look=look)
+
+
+def _check_cluster(cluster: str | None) -> None:
+    if cluster is not None:
+        vllm_environment.check_ray()
 
 
 def _quantize_draft(
@@ -614,8 +621,9 @@ def _windows(settings: TextWindows) -> dict[str, Any]:
 
 
 def _calibration_windows(
-    calibration: TextWindows, checkpoint: Path, continuations: int, *, seed: int, folder: Path, report: Report
-) -> "TokenSet":
+    calibration: TextWindows, checkpoint: Path, continuations: int, *, seed: int, folder: Path, report: Report,
+    cluster: str | None,
+) -> "TokenSet":  # fmt: skip
     """The windows to calibrate on: of the sources, with the chats of `self:N`, and what the model makes of them."""
     import torch
 
@@ -623,7 +631,7 @@ def _calibration_windows(
     from quantkit.offline import Session
 
     written: dict[str, Sequence[text.Document]] = {}
-    with Session() as session:  # which starts vLLM when it is asked for something
+    with Session(cluster=cluster) as session:  # which starts vLLM when it is asked for something
         for source in calibration.text:
             count = text.self_prompts(source)
             if count is not None:

@@ -8,8 +8,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from quantkit.cli import main
 
-pytest_plugins = ("tests.browser",)
+pytest_plugins = ("tests.browser", "tests.hosts")
 
 WriteLlama = Callable[..., Path]
 Quantkit = Callable[..., Result]
@@ -204,37 +204,43 @@ def make_bundle() -> Callable[..., Path]:
 
 
 class RayCluster(NamedTuple):
-    """A Ray cluster that a test started: where, its processes' session, its logs, and where it shows its metrics."""
+    """A Ray cluster that a test started: where, its processes' sessions, its logs, and where it shows its metrics."""
 
     address: str
-    session_id: int
+    session_ids: tuple[int, ...]  # of each node's processes
     logs: Path
-    metrics_url: str
+    metrics_urls: tuple[str, ...]  # of each node
 
-    def processes(self, word: bytes = b"") -> set[int]:
-        """Its living processes that have a word in their command."""
+    def processes(self, word: bytes = b"", *, node: int | None = None) -> set[int]:
+        """Its living processes, or those of one node, that have a word in their command."""
+        sessions = self.session_ids if node is None else self.session_ids[node : node + 1]
         found = set()
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(ProcessLookupError, FileNotFoundError):
                 command = (path / "cmdline").read_bytes()  # nothing where it has ended and nobody has asked how
-                if command and word in command and os.getsid(int(path.name)) == self.session_id:
+                if command and word in command and os.getsid(int(path.name)) in sessions:
                     found.add(int(path.name))
         return found
 
 
 @contextmanager
-def _ray(*, num_cpus: int, **environment: str) -> Iterator[RayCluster]:
-    """A cluster of one machine that listens on 127.0.0.1 and wants a token; the environment is this process' too."""
+def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Iterator[RayCluster]:
+    """A cluster of one machine that listens on 127.0.0.1, or of two hosts (`hosts.py`), with so many CPUs each.
+
+    It wants a token; the environment is this process' too.
+    """
     names = (
         "", "runtime-env-agent-", "dashboard-agent-grpc-", "dashboard-agent-listen-", "metrics-export-",
         "ray-client-server-",
     )  # fmt: skip
     ports = dict(zip(names, free_ports(len(names)), strict=True))
     folder = tempfile.mkdtemp(prefix="ray-")  # not pytest's: the names of the sockets in it must be short
-    command = [
-        Path(sys.executable).with_name("ray"), "start", "--head", "--block", "--node-ip-address", "127.0.0.1",
-        "--num-cpus", num_cpus, "--include-dashboard", "false", "--temp-dir", folder,
-        "--object-store-memory", "100000000", *(f"--{name}port={port}" for name, port in ports.items()),
+    host = hosts[0].address if hosts else "127.0.0.1"
+    ray: list[object] = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus", num_cpus]
+    ray += ["--object-store-memory", "100000000"]
+    head = [
+        *ray, "--head", "--node-ip-address", host, "--include-dashboard", "false", "--temp-dir", folder,
+        *(f"--{name}port={port}" for name, port in ports.items()),
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("RAY_")]:
@@ -246,31 +252,50 @@ def _ray(*, num_cpus: int, **environment: str) -> Iterator[RayCluster]:
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
         for name, value in environment.items():
             patch.setenv(name, value)
-        head = subprocess.Popen(
-            [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        assert head.stdout is not None
-        said = []
-        for line in head.stdout:
-            said.append(line)
-            if "block forever" in line:
-                break
-        cluster = RayCluster(
-            address=f"127.0.0.1:{ports['']}", session_id=head.pid, logs=Path(folder) / "session_latest" / "logs",
-            metrics_url=f"http://127.0.0.1:{ports['metrics-export-']}/metrics",
-        )  # fmt: skip
+        started: list[subprocess.Popen[str]] = []
         try:
-            assert head.poll() is None and "block forever" in said[-1], "".join(said)
-            yield cluster
+            with hosts[0].inside() if hosts else nullcontext():
+                started.append(_start_ray(head))
+            for other in hosts[1:]:
+                node = [*ray, "--address", f"{host}:{ports['']}", "--node-ip-address", other.address]
+                node += ["--metrics-export-port", ports["metrics-export-"]]
+                with other.inside():
+                    started.append(_start_ray(node))
+            yield RayCluster(
+                address=f"{host}:{ports['']}", session_ids=tuple(node.pid for node in started),
+                logs=Path(folder) / "session_latest" / "logs",
+                metrics_urls=tuple(
+                    f"http://{each}:{ports['metrics-export-']}/metrics"
+                    for each in (host, *(other.address for other in hosts[1:]))
+                ),
+            )  # fmt: skip
         finally:
+            cluster = RayCluster("", tuple(node.pid for node in started), Path(folder), ())
             while left := cluster.processes():  # asked to end by itself it takes a minute
                 for process in left:
                     with suppress(ProcessLookupError):
                         os.kill(process, signal.SIGKILL)
-            head.wait()
-            head.stdout.close()
+            for each in started:
+                each.wait()
+                assert each.stdout is not None
+                each.stdout.close()
             shutil.rmtree(folder)
+
+
+def _start_ray(command: Sequence[object]) -> "subprocess.Popen[str]":
+    """A node of a cluster, from when it has joined."""
+    node = subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    assert node.stdout is not None
+    said = []
+    for line in node.stdout:
+        said.append(line)
+        if "block forever" in line:
+            return node
+    os.killpg(node.pid, signal.SIGKILL)
+    raise AssertionError("".join(said))
 
 
 def free_ports(number: int) -> list[int]:

@@ -16,17 +16,18 @@ from quantkit.cli import main
 
 # What scripts of users call. To change a line here is to break them.
 FROZEN = {
-    "run": "recipe --cluster --dry-run --fresh --out --set",
+    "run": "recipe --dry-run --fresh --on --out --set",
     "quantize": "checkpoint --average-bits --bit-choices --bits --calibration --continuations --device --effort "
     "--engine --engine-option --format --fresh --group-size --ignore --kv-cache --kv-scales --kv-strategy "
-    "--length --memory-budget --method --out --override --samples --seed --symmetric --uncalibrated-kv-cache",
+    "--length --memory-budget --method --on --out --override --samples --seed --symmetric --uncalibrated-kv-cache",
     "engines install": "name",
     "eval": "candidates --chat --chat-tokens --compare --device --draft --fresh --kv-cache --length --long-length "
-    "--long-samples --max-perplexity-drift --out --profile --reference --samples --seed --served --stride --task "
+    "--long-samples --max-perplexity-drift --on --out --profile --reference --samples --seed --served --stride --task "
     "--task-limit --text",
-    "train-draft": "target --answer-tokens --batch-size --cluster --draft-vocab-size --epochs --fit --fresh "
-    "--held-out-prompts --init --keep-layers --kind --layer-choice --learning-rate --loss --on-policy --out --patience "
-    "--prompt-tokens --prompts --quantize --seed --speculative-tokens --temperature --top-k --validation-prompts",
+    "train-draft": "target --answer-tokens --batch-size --draft-vocab-size --epochs --fit --fresh "
+    "--held-out-prompts --init --keep-layers --kind --layer-choice --learning-rate --loss --on --on-policy --out "
+    "--patience --prompt-tokens --prompts --quantize --seed --speculative-tokens --temperature --top-k "
+    "--validation-prompts",
     "bench": "bundle --baseline --concurrency --fresh --knee --out --output-tokens --price-per-hour --prompts "
     "--requests --rounds --servers --system-prompt --temperature --tpot-limit --ttft-limit --variant --what-if",
     "serve bundle": "--bench --draft --fresh --gpu-memory-utilization --gpus-per-node --kv-cache-dtype "

@@ -101,7 +101,7 @@ def test_a_cluster_without_ray_is_refused_before_any_work(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "ray" else found(name, *rest))
-    words = ["train-draft", str(tiny_llama), "--keep-layers", "1", "--out", str(tmp_path / "out"), "--cluster", "auto"]
+    words = ["train-draft", str(tiny_llama), "--keep-layers", "1", "--out", str(tmp_path / "out"), "--on", "auto"]
     said = CliRunner().invoke(main, words)
     assert said.exit_code == 2 and "install quantkit[ray]" in said.stderr
     assert not (tmp_path / "out").exists()

@@ -12,9 +12,10 @@ from typing import Literal, NamedTuple
 from pydantic import BaseModel, ConfigDict
 
 from quantkit import artifacts, speculation
-from quantkit.capacity import cost, deployment, latency, roofline, sizing, weights
+from quantkit.capacity import cost, deployment, duration, latency, roofline, sizing, weights
 from quantkit.capacity.cost import Cost
 from quantkit.capacity.deployment import Form, Layout, Limits
+from quantkit.capacity.duration import Duration, Work
 from quantkit.capacity.latency import Point, Speculation
 from quantkit.capacity.machines import Gpu
 from quantkit.capacity.weights import Model, Weights
@@ -39,6 +40,9 @@ MEASURED_FORMULA = (
     "(layers + 3) * 2.5 * seconds that starting a layer's kernels takes + sum over types of 2 * rows * weights / "
     "measured rate + sequences * context * KV bytes / bandwidth"
 )
+
+
+_DRAFT_SIZE = 0.02  # of the model, where none was named that is to be trained
 
 
 class Question(BaseModel):
@@ -109,30 +113,51 @@ class Plan(BaseModel):
     accepted_length: float | None
     accepted_from: str | None
     columns: list[Column]
+    durations: list[Duration]  # of the stages, on some numbers of GPUs; none for a processor
     notes: list[str]
     formulas: dict[str, str]
 
 
-def make(model: Model, gpu_name: str, gpu: Gpu, question: Question, draft: Draft | None) -> Plan:
-    """Plan a model on a machine.
+def make(
+    model: Model, gpu_name: str, gpu: Gpu, question: Question, draft: Draft | None, asked: Work | None = None
+) -> Plan:
+    """Plan a model on a machine; `asked` is what the stages are to do, if not the commands' defaults.
 
     Raises:
         QuantkitError: what was asked contradicts itself, or no form of the model fits, with what would.
     """
     _check(model, gpu_name, gpu, question, draft)
     tokens, accepted, source = _accepted(question, draft)
-    columns = [_column(model, form, gpu, question, tokens, accepted) for form in _forms(model, gpu, question, draft)]
+    forms = _forms(model, gpu, question, draft)
+    columns = [_column(model, form, gpu, question, tokens, accepted) for form in forms]
     if not any(column.chosen for column in columns):
         raise QuantkitError(
             f"{model.name} does not fit on {question.gpus} x {gpu_name}: "
             + "; ".join(f"{column.name}: {column.why}" for column in columns)
         )
-    formulas = dict(FORMULAS) if gpu.measured is None else FORMULAS | {"seconds of a pass": MEASURED_FORMULA}
+    durations = _durations(model, forms, columns, gpu, question, draft, asked or duration.work(None))
+    formulas = FORMULAS | (duration.FORMULAS if gpu.measured is None else {"seconds of a pass": MEASURED_FORMULA})
     return Plan(
         model=model.name, parameters=weights.elements(model.arch), gpu_name=gpu_name, gpu=gpu, question=question,
         draft=draft.words if draft else None, accepted_length=accepted, accepted_from=source, columns=columns,
-        notes=_notes(model, gpu, question, draft), formulas=formulas,
+        durations=durations, notes=_notes(model, gpu, question, draft), formulas=formulas,
     )  # fmt: skip
+
+
+def _durations(
+    model: Model, forms: Sequence[Form], columns: Sequence[Column], gpu: Gpu, question: Question, draft: Draft | None,
+    asked: Work,
+) -> list[Duration]:  # fmt: skip
+    """Of the stages; the target answers in the last form that fits, which has the fewest bits."""
+    if gpu.measured is not None or model.quantized:
+        return []
+    pairs = [(form, column.chosen) for form, column in zip(forms, columns, strict=True) if column.chosen]
+    form, chosen = pairs[-1]
+    assert chosen is not None
+    learns = draft or draft_of_size(model, _DRAFT_SIZE)
+    target = deployment.rank_reads(form.weights, model, chosen, gpu.roof(), question.dtype)
+    counts = sorted({1, 2, 4, 8, question.gpus})
+    return duration.durations(model, learns.model, gpu, chosen, target, asked, counts)
 
 
 def real_draft(path: Path) -> Draft:

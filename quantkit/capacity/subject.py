@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from quantkit.capacity import claims, machines, planning, weights
+from quantkit.capacity import claims, duration, machines, planning, weights
 from quantkit.capacity.claims import Judged
 from quantkit.capacity.machines import Gpu
 from quantkit.capacity.planning import Draft, Plan, Question
 from quantkit.capacity.weights import Model
 from quantkit.errors import QuantkitError
-from quantkit.recipe import Planned, check, load_recipe
+from quantkit.recipe import Recipe, check, load_recipe
 
 _OF_QUESTION = {"kv_cache": "kv_caches"}
 
@@ -28,7 +28,8 @@ def plan(path: Path, *, gpu: str | None, given: Mapping[str, Any], save_gpu: Pat
     Raises:
         QuantkitError: a file or a name is wrong, options contradict each other, or nothing fits.
     """
-    model, section = _model(path)
+    model, recipe = _model(path)
+    section = recipe.plan if recipe else None
     asked = (section.model_dump(exclude={"gpu", "claims", "architecture"}) if section else {}) | dict(given)
     name = gpu or (section.gpu if section else None)
     if name is None:
@@ -42,7 +43,7 @@ def plan(path: Path, *, gpu: str | None, given: Mapping[str, Any], save_gpu: Pat
     question = check(Question, values, where="plan")
     if save_gpu is not None:
         machines.save(found, save_gpu)
-    made = planning.make(model, gpu_name, found, question, draft)
+    made = planning.make(model, gpu_name, found, question, draft, duration.work(recipe))
     judged = claims.judge(made, model, section.claims) if section and section.claims else []
     return Answer(made, judged)
 
@@ -59,7 +60,7 @@ def _machine(name: str, gpus: int, model: Model, dtype: str | None) -> Gpu:
     return measure.processor(model.arch, dtype=dtype or served)
 
 
-def _model(path: Path) -> tuple[Model, Planned | None]:
+def _model(path: Path) -> tuple[Model, Recipe | None]:
     if path.suffix not in (".yaml", ".yml"):
         if not path.is_dir():
             raise QuantkitError(f"{path} is no folder: give a checkpoint, a folder with its config.json, or a recipe")
@@ -67,13 +68,13 @@ def _model(path: Path) -> tuple[Model, Planned | None]:
     recipe = load_recipe(path)
     section = recipe.plan
     if (Path(recipe.model) / "config.json").is_file():
-        return weights.open_model(Path(recipe.model)), section
+        return weights.open_model(Path(recipe.model)), recipe
     if section is None or not section.architecture:
         raise QuantkitError(
             f"{path}: its model {recipe.model} is not there, and the recipe has no plan.architecture: give a "
             "checkpoint, or write the keys of its config.json there"
         )
-    return weights.described(recipe.name, section.architecture), section
+    return weights.described(recipe.name, section.architecture), recipe
 
 
 def _draft(model: Model, path: Path | None, size: float | None) -> Draft | None:

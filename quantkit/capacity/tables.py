@@ -8,6 +8,7 @@ from quantkit.capacity.claims import Judged
 from quantkit.capacity.cost import Cost
 from quantkit.capacity.latency import MOST_SEQUENCES, Point
 from quantkit.capacity.planning import Column, Plan
+from quantkit.progress import spoken
 
 _NONE = "-"
 
@@ -23,6 +24,8 @@ class Table(NamedTuple):
 def tables(plan: Plan, judged: Sequence[Judged] = ()) -> list[Table]:
     """Everything that a plan says, in the order in which it is asked."""
     found = [_fits(plan), _speed(plan), _flags(plan), _costs(plan)]
+    if plan.durations:
+        found.append(_stages(plan))
     if judged:
         found.append(claims(judged))
     return found
@@ -187,6 +190,25 @@ def _costs(plan: Plan) -> Table:
     served = " and ".join(sorted({str(math.ceil(c.limits.max_num_seqs)) for c in plan.columns if c.limits}))
     paid = "" if price is None else f", at ${price:g} a GPU and hour"
     return Table(f"Always {served} at once a replica, prompts read between{paid}", _headers(plan, "at best"), rows)
+
+
+def _stages(plan: Plan) -> Table:
+    counts = list(dict.fromkeys(one.gpus for one in plan.durations))
+    rows = []
+    for stage in dict.fromkeys(one.stage for one in plan.durations):
+        each = [one for one in plan.durations if one.stage == stage]
+        last = each[-1]
+        shared = last.shared_s or 0.0
+        parts = [
+            (shared, "shared out"), (last.everywhere_s, "not shared out"), (last.links_s, "links"),
+            (last.disk_s, "reading weights"),
+        ]  # fmt: skip
+        rows.append([
+            stage, last.work, *(_NONE if one.seconds is None else spoken(one.seconds) for one in each),
+            f"{max(parts)[1]}: {max(parts)[0] / (last.seconds or 1):.0%}" if last.seconds else _NONE,
+        ])  # fmt: skip
+    names = [f"{count} GPU{'s' if count > 1 else ''}" for count in counts]
+    return Table("How long the stages take at best", ("stage", "work", *names, f"most of it on {counts[-1]}"), rows)
 
 
 def markdown(plan: Plan, judged: Sequence[Judged]) -> str:

@@ -4,7 +4,6 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,7 +68,8 @@ def train_draft(
     quantize: makes the draft's own 4-bit weights; acceptance is measured again with them, and the better one is kept.
     train_head: trains a draft of the kind eagle3, which is none of a model's own and is not quantized.
     hand_out: tells the processes that torchrun started beside this one to train along.
-    cluster: address of a Ray cluster on which the target writes prompts and answers, instead of here.
+    cluster: address of a Ray cluster on which target and draft write and answer, instead of here; what is counted and
+        timed of the draft is here in any case.
 
     Raises:
         QuantkitError: a draft of another vocabulary, too few prompts, a path that vLLM would misread, no vLLM.
@@ -77,9 +77,9 @@ def train_draft(
     target = open_checkpoint(target_path)
     _check(target, settings, out)
     speaking = speaking_target(target, folder)
-    with Session() as session:  # one process for all of vLLM's work: importing it takes longer than a job
-        with Session(cluster=cluster) if cluster else nullcontext(session) as answering:
-            texts = _texts(answering, speaking, settings, seed, folder, report)
+    # one process for all of vLLM's work here: importing it takes longer than a job
+    with Session(cluster=cluster) as session:
+        texts = _texts(session, speaking, settings, seed, folder, report)
         taught = lessons(texts.training)
         if settings.kind == "eagle3":
             assert train_head is not None

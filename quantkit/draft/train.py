@@ -1,11 +1,12 @@
 """Train a draft on what the target said: any of `losses.LOSSES`, mixed precision, resumable, on `accelerate`.
 
-One process, or those that torchrun or `accelerate launch` started (DDP; FSDP2, which accelerate has on GPUs alone, was
-not run yet): each takes its rows of every batch, and the loss is the mean over the tokens of the whole batch, so their
-number changes rounding and nothing else.
+One process, or those that torchrun or `accelerate launch` started on one machine or several (DDP, or FSDP2 with
+`--use_fsdp --fsdp_version 2`): each takes its rows of every batch, and the loss is the mean over the tokens of the
+whole batch, so their number changes rounding and nothing else.
 """
 
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -118,7 +119,7 @@ def train(
             epoch, weights = progress.epoch, folder / f"on-policy-{progress.epoch:03d}.safetensors"
             if not weights.exists():
                 _write(accelerator, learner, weights)
-            sources.append(ranks.from_first(lambda: replay(epoch, weights)))  # type: ignore[misc]  # noqa: B023
+            sources.append(ranks.from_first(f"replay {epoch}", lambda: replay(epoch, weights)))  # type: ignore[misc]  # noqa: B023
         learner.train()
         saved_s = time.monotonic()
         batches = list(_batches(sources, plan.batch_size, seed=plan.seed + progress.epoch))
@@ -141,7 +142,7 @@ def train(
                 _save(accelerator, state)
                 saved_s = time.monotonic()
         learner.eval()
-        guesses = _guesses(learner, material.validation, accelerator.device, plan.batch_size)
+        guesses = _guesses(accelerator, learner, material.validation, plan.batch_size)
         length = _greedy(guesses, material.validation, plan.speculative_tokens).length
         if progress.finish(length):
             _write(accelerator, learner, best)
@@ -234,6 +235,7 @@ class _Learner(nn.Module):
     def __init__(self, draft: Any) -> None:
         super().__init__()
         self.draft = draft
+        self._no_split_modules = draft._no_split_modules  # what FSDP gathers together: a layer
 
     def forward(
         self, input_ids_BT: Tensor, positions_N: Tensor, loss: Callable[[Tensor, slice], Tensor] | None = None
@@ -247,13 +249,32 @@ class _Learner(nn.Module):
 
 
 def _accelerator(seed: int) -> Any:
+    """As the launcher's environment has it.
+
+    Raises:
+        QuantkitError: FSDP of the first version.
+    """
     from accelerate import Accelerator
-    from accelerate.utils import set_seed
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 
     set_seed(seed)
     on_gpu = torch.cuda.is_available()
     compute = compute_dtype("cuda" if on_gpu else "cpu")
-    return Accelerator(mixed_precision="bf16" if compute == torch.bfloat16 else "no", cpu=not on_gpu)
+    mixed = "bf16" if compute == torch.bfloat16 else "no"
+    if os.environ.get("ACCELERATE_USE_FSDP") != "true" or ranks.world_size() == 1:
+        return Accelerator(mixed_precision=mixed, cpu=not on_gpu)
+    sharding = FullyShardedDataParallelPlugin()  # reads the environment too
+    if sharding.fsdp_version != 2:
+        raise QuantkitError(
+            "training shards by FSDP2 alone: give accelerate launch --fsdp_version 2 besides --use_fsdp"
+        )
+    accelerator = Accelerator(mixed_precision=mixed, cpu=not on_gpu, fsdp_plugin=sharding)
+    if not on_gpu:  # accelerate has FSDP on accelerators alone, though torch shards on processors as well
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = sharding
+    # the loss and the sums of gradients are float32; autocast chooses the type of products, as without sharding
+    sharding.mixed_precision_policy = None
+    return accelerator
 
 
 def _step(
@@ -280,7 +301,8 @@ def _step(
         def compare(logits_NV: Tensor, part: slice) -> Tensor:
             return LOSSES[loss](logits_NV, teacher.logits(said, head_VC, part))
 
-    summed = learner(input_ids.to(device), positions.to(device), compare)
+    with accelerator.autocast():  # which it wraps around a model of DDP by itself, and not around one of FSDP2
+        summed = learner(input_ids.to(device), positions.to(device), compare)
     # DDP and FSDP take the mean of gradients over processes; the sum over all tokens, divided by their number, is meant
     accelerator.backward(summed * (0.0 if idle else ranks.world_size() / counted))
     accelerator.clip_grad_norm_([p for p in learner.parameters() if p.requires_grad], 1.0)
@@ -290,7 +312,7 @@ def _step(
     return float(accelerator.reduce(whole, "sum") if ranks.world_size() > 1 else whole), counted
 
 
-def _guesses(learner: Any, texts: Sequence[Exchange], device: torch.device, batch_size: int) -> list[Tensor]:
+def _guesses(accelerator: Any, learner: Any, texts: Sequence[Exchange], batch_size: int) -> list[Tensor]:
     """The draft's likeliest token at each answer token of each text."""
     found: list[Tensor] = []
     for begin in range(0, len(texts), batch_size):
@@ -298,7 +320,8 @@ def _guesses(learner: Any, texts: Sequence[Exchange], device: torch.device, batc
         input_ids, spans = _pad(part)
         flat = torch.arange(input_ids.numel()).view_as(input_ids)
         positions = torch.cat([flat[row, span] for row, span in enumerate(spans)])
-        with torch.no_grad():
+        device = accelerator.device
+        with torch.no_grad(), accelerator.autocast():
             best_N = learner(input_ids.to(device), positions.to(device)).cpu()
         found += best_N.split([len(text.answer) for text in part])
     return found
@@ -343,7 +366,9 @@ def _write(accelerator: Any, learner: Any, path: Path) -> None:
     """The draft's weights by their names in a checkpoint, float32; every process takes part, one writes."""
     whole = accelerator.get_state_dict(learner)
     if ranks.rank() == 0:
-        weights = {name.removeprefix("draft."): tensor.cpu() for name, tensor in whole.items()}
+        # gathered shards may still be on their way, as a kind of tensor that a copy waits for
+        arrived = {name: each if type(each) is Tensor else each.clone() for name, each in whole.items()}
+        weights = {name.removeprefix("draft."): tensor.cpu() for name, tensor in arrived.items()}
         if accelerator.unwrap_model(learner).draft.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
         save_tensors(path, weights)

@@ -1,6 +1,7 @@
 """What a candidate pays for its KV cache alone: beside the same weights with one of 16 bits, and layer by layer."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from quantkit.evaluate.divergence import States
 from quantkit.evaluate.windows import Windows
 from quantkit.kv_scheme import KINDS, has_kv_scheme
 from quantkit.progress import Report
+from quantkit.ranks import HandOut
 
 PLAIN = "float16"  # and bfloat16: what a 16-bit model computes is stored as it is
 _SEQUENCES, _TOKENS = 4, 128  # that tell the layers apart: each layer is one more pass through those behind it
@@ -29,12 +31,22 @@ def resolved(checkpoint: Checkpoint, kind: str) -> str:
     return "fp8" if has_kv_scheme(checkpoint.config) else PLAIN
 
 
-def reader(checkpoint: Checkpoint, kind: str) -> Callable[[int], Cache | None] | None:
-    """For `divergence.read`: the cache of each layer, None where nothing is rounded."""
+@dataclass(frozen=True)
+class Reader:
+    """The cache of each layer, for `divergence.read`; None of one that is left at 16 bits."""
+
+    checkpoint: Checkpoint
+    kind: str
+    left: tuple[int, ...] = ()
+
+    def __call__(self, index: int) -> Cache | None:
+        return None if index in self.left else kv_cache.through(self.kind, self.checkpoint.kv_scales(index))
+
+
+def reader(checkpoint: Checkpoint, kind: str) -> Reader | None:
+    """The cache of each layer, None where nothing is rounded."""
     real = resolved(checkpoint, kind)
-    if real in ("float16", "bfloat16"):
-        return None
-    return lambda index: kv_cache.through(real, checkpoint.kv_scales(index))
+    return None if real in ("float16", "bfloat16") else Reader(checkpoint, real)
 
 
 def scales(checkpoint: Checkpoint, kind: str) -> str:
@@ -47,7 +59,7 @@ def scales(checkpoint: Checkpoint, kind: str) -> str:
 
 def cost(
     checkpoint: Checkpoint, kind: str, states: Mapping[str, tuple[States, States]], sets: Mapping[str, Windows], *,
-    weights_kl: float, folder: Path, device: str, report: Report,
+    weights_kl: float, folder: Path, device: str, report: Report, hand_out: HandOut,
 ) -> dict[str, Any]:  # fmt: skip
     """KL and drift that the cache adds, on each set and by position; by layer; and which layers to leave at 16 bits.
 
@@ -56,7 +68,9 @@ def cost(
     """
     on = {}
     for name, pair in states.items():
-        scores = divergence.compare(checkpoint, checkpoint, pair, sets[name], device=device, report=report)
+        scores = divergence.compare(
+            checkpoint, checkpoint, pair, sets[name], device=device, report=report, hand_out=hand_out
+        )
         found = measures.summarize(scores)
         on[name] = {"kl_nats": found["kl_nats"], "drift": found["drift"]}
     given = reader(checkpoint, kind)
@@ -74,10 +88,12 @@ def cost(
         path.unlink(missing_ok=True)
         mixed = divergence.read(
             checkpoint, sets["text"], path, device=device, report=report, what="some layers left at 16 bits, layer",
-            cache=lambda index: None if index in left else given(index),
+            cache=replace(given, left=tuple(left)), hand_out=hand_out,
         )  # fmt: skip
         pair = (states["text"][0], mixed)
-        scores = divergence.compare(checkpoint, checkpoint, pair, sets["text"], device=device, report=report)
+        scores = divergence.compare(
+            checkpoint, checkpoint, pair, sets["text"], device=device, report=report, hand_out=hand_out
+        )
         found["with_those_left"] = measures.summarize(scores)["kl_nats"]
     return found
 

@@ -1,8 +1,12 @@
-"""Reference and candidate over the same windows, one decoder layer in memory at a time: nll, KL and agreement."""
+"""Reference and candidate over the same windows, one decoder layer in memory at a time: nll, KL and agreement.
+
+Under torchrun each rank reads every N-th window, and scores its part of the tokens; rank 0 puts them together, so that
+what lies on the disk does not tell how many there were.
+"""
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,11 +14,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quantkit import decoder
+from quantkit import checkpoint as checkpoints
+from quantkit import decoder, ranks
 from quantkit.checkpoint import Checkpoint, save_tensors
 from quantkit.decoder import Cache
 from quantkit.evaluate.windows import Windows
-from quantkit.progress import Report
+from quantkit.progress import Report, silent
+from quantkit.ranks import HandOut
 
 _LOGITS = 1 << 28  # bytes of both models' logits that stand in memory at a time: long multiplications are fast ones
 _ROWS = 8  # positions whose logits are looked at together: what stays in the processor's cache
@@ -74,21 +80,51 @@ def name_of(digest: str, windows: Windows, device: str) -> str:
     return name.hexdigest()[:32]
 
 
+CacheOf = Callable[[int], Cache | None]  # of a layer by its number, what its KV cache makes of what attention reads
+
+
+def _alone(order: ranks.Order) -> None:
+    """Nobody to hand anything to."""
+
+
 def read(
     checkpoint: Checkpoint, windows: Windows, path: Path, *, device: str, what: str, report: Report,
-    cache: Callable[[int], Cache | None] | None = None,
+    cache: CacheOf | None = None, hand_out: HandOut = _alone,
 ) -> States:  # fmt: skip
-    """Have a checkpoint read the windows in float32, unless `path` holds what came of it.
+    """Have a checkpoint read the windows in float32, unless `path` holds what came of it; on rank 0.
 
-    cache: of a layer by its number, what its KV cache makes of what attention computes with; None: nothing.
+    cache: None: what attention reads is what was computed.
     """
-    if path.exists():
-        return States(path)
-    arch, ids_ST = checkpoint.arch, windows.input_ids_ST
-    lengths_S = windows.lengths_S.tolist()
+    if not path.exists():
+        hand_out(_Reading(checkpoint.path, windows, path, cache))
+        _read(checkpoint, windows, path, cache, device=device, what=what, report=report)
+    return States(path)
+
+
+class _Reading(NamedTuple):
+    """What the other ranks are told of `read`."""
+
+    checkpoint: Path
+    windows: Windows
+    path: Path
+    cache: CacheOf | None
+
+    def follow(self, device: str) -> None:
+        """Read this rank's windows."""
+        opened = checkpoints.open_checkpoint(self.checkpoint)
+        _read(opened, self.windows, self.path, self.cache, device=device, what="", report=silent)
+
+
+def _read(
+    checkpoint: Checkpoint, windows: Windows, path: Path, cache: CacheOf | None, *, device: str, what: str,
+    report: Report,
+) -> None:  # fmt: skip
+    """This rank's windows; rank 0 stores what came of all."""
+    arch, scored_ST = checkpoint.arch, ranks.share(windows.scored_ST)
+    ids_ST, lengths_S = ranks.share(windows.input_ids_ST), ranks.share(windows.lengths_S).tolist()
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = path.with_name(f"{path.stem}-{os.getpid()}{path.suffix}")  # another process may be at the same
-    hidden_STC = _room((*ids_ST.shape, arch.hidden_size), own.with_suffix(".states"))
+    mine = f"{path.stem}-{ranks.rank()}-{os.getpid()}"  # another process may be at the same
+    hidden_STC = _room((*ids_ST.shape, arch.hidden_size), path.with_name(f"{mine}.states"))
     embedding_VC = checkpoint.dense("model.embed_tokens.weight", dtype=torch.float32)
     for number, ids_T in enumerate(ids_ST):
         hidden_STC[number] = embedding_VC[ids_T]
@@ -106,12 +142,24 @@ def read(
                 part_BTC = hidden_STC[rows, :width].to(device)
                 turned = tuple(each[:, :width] for each in rotary)
                 hidden_STC[rows, :width] = decoder.layer(weights, arch, part_BTC, turned, between).cpu()  # type: ignore[arg-type]
-            watched.append(hidden_STC[0, : min(_WATCHED, lengths_S[0])].clone())
+            watched += [hidden_STC[0, : min(_WATCHED, lengths_S[0])].clone()] if ranks.rank() == 0 else []
     report(what, arch.num_layers, arch.num_layers)
-    before_ST = windows.scored_ST.roll(-1, 1)  # a token's state predicts the next one
-    save_tensors(own, {"hidden": hidden_STC[before_ST], "watched": torch.stack(watched)})
-    own.replace(path)
-    return States(path)
+    own_NC = hidden_STC[scored_ST.roll(-1, 1)]  # a token's state predicts the next one
+    step = ranks.world_size()
+    counts = [int(windows.scored_ST[rank::step].sum()) for rank in range(step)]
+    parts = ranks.collect(own_NC, counts)
+    if ranks.rank() == 0:
+        own = path.with_name(mine + path.suffix)
+        save_tensors(own, {"hidden": _in_order(parts, windows.scored_ST), "watched": torch.stack(watched)})
+        own.replace(path)
+
+
+def _in_order(parts: Sequence[Tensor], scored_ST: Tensor) -> Tensor:
+    """The rows of every rank's windows, in the order of all windows."""
+    if len(parts) == 1:
+        return parts[0]
+    windows = [iter(part.split(scored_ST[rank :: len(parts)].sum(1).tolist())) for rank, part in enumerate(parts)]
+    return torch.cat([next(windows[number % len(parts)]) for number in range(len(scored_ST))])
 
 
 def _room(shape: tuple[int, ...], spilled: Path) -> Tensor:
@@ -128,30 +176,61 @@ def _room(shape: tuple[int, ...], spilled: Path) -> Tensor:
 
 def compare(
     reference: Checkpoint, candidate: Checkpoint, states: tuple[States, States], windows: Windows, *, device: str,
-    report: Report,
+    report: Report, hand_out: HandOut = _alone,
 ) -> Scores:  # fmt: skip
-    """Score every token under both checkpoints, from what they made of the windows."""
-    first, second = (_head(checkpoint, device) for checkpoint in (reference, candidate))
-    wanted_N = windows.input_ids_ST[windows.scored_ST].to(device)
-    rows = max(_LOGITS // (8 * reference.arch.vocab_size), 1)
-    parts = []
-    with torch.no_grad():
-        for (begin, ours), (_, theirs) in zip(*(each.parts(rows) for each in states), strict=True):
-            report("comparing, token", begin, len(wanted_N))
-            first_NV = decoder.head(first, reference.arch, ours.to(device))
-            second_NV = decoder.head(second, candidate.arch, theirs.to(device))
-            few = (each.split(_ROWS) for each in (first_NV, second_NV, wanted_N[begin : begin + len(ours)]))
-            parts += [[part.cpu() for part in score_logits(*each)] for each in zip(*few, strict=True)]
-    report("comparing, token", len(wanted_N), len(wanted_N))
+    """Score every token under both checkpoints, from what they made of the windows; on rank 0."""
+    wanted_N = windows.input_ids_ST[windows.scored_ST]
+    hand_out(_Comparing(reference.path, candidate.path, wanted_N))
+    parts = _compare(reference, candidate, states, wanted_N, device=device, report=report)
     window_N, position_N = windows.scored_ST.nonzero(as_tuple=True)
     nll, theirs_nll, kl, same, shared = (torch.cat(column) for column in zip(*parts, strict=True))
     return Scores(nll, theirs_nll, kl, same, shared, windows.sequence_S[window_N], position_N)
 
 
+class _Comparing(NamedTuple):
+    """What the other ranks are told of `compare`."""
+
+    reference: Path
+    candidate: Path
+    wanted_N: Tensor
+
+    def follow(self, device: str) -> None:
+        """Score the tokens that rank 0 deals out."""
+        reference, candidate = (checkpoints.open_checkpoint(path) for path in (self.reference, self.candidate))
+        _compare(reference, candidate, None, self.wanted_N, device=device, report=silent)
+
+
+def _compare(
+    reference: Checkpoint, candidate: Checkpoint, states: tuple[States, States] | None, wanted_N: Tensor, *,
+    device: str, report: Report,
+) -> list[list[Tensor]]:  # fmt: skip
+    """The first columns of Scores, in parts one behind the other; on rank 0, which alone has the states."""
+    heads = [_head(checkpoint, device) for checkpoint in (reference, candidate)]
+    step = ranks.world_size()
+    rows = max(_LOGITS // (8 * reference.arch.vocab_size), 1)
+    read = [each.parts(rows * step) for each in states] if states else None
+    found = []
+    with torch.no_grad():
+        for begin in range(0, len(wanted_N), rows * step):
+            report("comparing, token", begin, len(wanted_N))
+            wanted = wanted_N[begin : begin + rows * step].tensor_split(step)
+            logits = []
+            for place, (head, checkpoint) in enumerate(zip(heads, (reference, candidate), strict=True)):
+                whole = next(read[place])[1].tensor_split(step) if read else None
+                like = torch.empty(len(wanted[ranks.rank()]), checkpoint.arch.hidden_size)
+                logits.append(decoder.head(head, checkpoint.arch, ranks.deal(whole, like).to(device)))
+            few = (each.split(_ROWS) for each in (*logits, wanted[ranks.rank()].to(device)))
+            own = [torch.stack(score_logits(*each), 1).cpu() for each in zip(*few, strict=True)]
+            parts = ranks.collect(torch.cat(own), [len(each) for each in wanted])
+            found += [list(part.unbind(1)) for part in parts]
+    report("comparing, token", len(wanted_N), len(wanted_N))
+    return found
+
+
 def beside(
     reference: Checkpoint, candidate: Checkpoint, windows: Windows, *, device: str, folder: Path, report: Report
 ) -> Scores:
-    """Both read, and are scored; `folder` keeps what the reference made of the windows."""
+    """On one process: both read, and are scored; `folder` keeps what the reference made of the windows."""
     folder.mkdir(parents=True, exist_ok=True)
     fresh = folder / "candidate.safetensors"
     fresh.unlink(missing_ok=True)

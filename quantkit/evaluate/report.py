@@ -17,6 +17,7 @@ from quantkit.evaluate.divergence import States
 from quantkit.evaluate.windows import Windows
 from quantkit.offline import Session
 from quantkit.progress import LINE, Report
+from quantkit.ranks import HandOut
 from quantkit.recipe import Evaluate, Limits
 
 _KEPT = 8  # of a reference's passes, the latest
@@ -38,8 +39,12 @@ Acceptance = Callable[[Session, Candidate], dict[str, Any] | None]  # of a draft
 def evaluate(
     candidates: Sequence[Candidate], reference_path: Path, *, settings: Evaluate, limits: Limits,
     acceptance: Acceptance, seed: int, note: str, out: Path, folder: Path, device: str, report: Report,
+    hand_out: HandOut, cluster: str | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Score the candidates against the reference, write report.json, report.html and report.md, return the numbers.
+
+    hand_out: tells the processes that torchrun started beside this one to read and score along.
+    cluster: address of a Ray cluster on which vLLM answers and reads, instead of here.
 
     Raises:
         QuantkitError: candidate and reference do not belong together, or the text is too short or was calibrated on.
@@ -53,11 +58,12 @@ def evaluate(
     if settings.served or settings.tasks:
         served.check_cache(settings.kv_cache)
     tokenizer = tokens.load_tokenizer(reference_path)
-    with Session() as session:
+    with Session(cluster=cluster) as session:
         sets, left_out = _sets(reference, tokenizer, session, settings, seed=seed, folder=folder, report=report)
         for each in candidates:
             pair.refuse_leak(each.calibrated_on, sets["text"], tokenizer)
-        scorer = _Scorer(reference, digests[reference.path], sets, settings, session, folder, device, report)
+        scorer = _Scorer(reference, digests[reference.path], sets, settings, session, folder, device, report,
+                         hand_out)  # fmt: skip
         found = []
         for each in candidates:
             checkpoint = opened[each.name]
@@ -141,8 +147,9 @@ class _Scorer:
 
     def __init__(
         self, reference: Checkpoint, digest: str, sets: Mapping[str, Windows], settings: Evaluate, session: Session,
-        folder: Path, device: str, report: Report,
+        folder: Path, device: str, report: Report, hand_out: HandOut,
     ) -> None:  # fmt: skip
+        self.hand_out = hand_out
         self.reference, self.sets, self.settings = reference, sets, settings
         self.session, self.folder, self.device, self.report = session, folder, device, report
         kept = artifacts.cache("evaluate")
@@ -159,7 +166,7 @@ class _Scorer:
         what = f"{who} reads {name}{'' if kept == cache.PLAIN else f', {kept} KV cache'}, layer"
         return divergence.read(
             checkpoint, self.sets[name], path, device=self.device, what=what, report=self.report,
-            cache=cache.reader(checkpoint, kept),
+            cache=cache.reader(checkpoint, kept), hand_out=self.hand_out,
         )  # fmt: skip
 
     def _candidate(self, candidate: Checkpoint, kind: str, name: str, kept: str) -> States:
@@ -184,7 +191,9 @@ class _Scorer:
         read = {kind: self._candidate(candidate, kind, name, real) for kind in self.sets}
         for kind, each in self.sets.items():
             states = (self.states[kind], read[kind])
-            scores = divergence.compare(self.reference, candidate, states, each, device=self.device, report=self.report)
+            scores = divergence.compare(
+                self.reference, candidate, states, each, device=self.device, report=self.report, hand_out=self.hand_out
+            )
             layers = layers or divergence.by_layer(*states)
             on[kind] = measures.summarize(scores)
             if self.settings.served and not unasked:
@@ -204,11 +213,12 @@ class _Scorer:
         plain = {kind: self._candidate(candidate, kind, name, cache.PLAIN) for kind in self.sets}
         scores = divergence.compare(
             self.reference, candidate, (self.states["text"], plain["text"]), self.sets["text"], device=self.device,
-            report=self.report,
+            report=self.report, hand_out=self.hand_out,
         )  # fmt: skip
         return cache.cost(
             candidate, kept, {kind: (plain[kind], read[kind]) for kind in self.sets}, self.sets,
             weights_kl=float(scores.kl_N.double().mean()), folder=self.folder, device=self.device, report=self.report,
+            hand_out=self.hand_out,
         )  # fmt: skip
 
 

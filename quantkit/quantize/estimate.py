@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from quantkit.architecture import INPUT_GROUPS, Architecture, layer_prefix, linear_shapes
+from quantkit.capacity import duration
 from quantkit.errors import raise_all
 from quantkit.progress import spoken
 from quantkit.quantize import fisher, schemes
@@ -123,21 +124,12 @@ def _curvature(arch: Architecture) -> int:
 
 def _seconds(arch: Architecture, settings: Settings, tokens: int, speed: Speed) -> float:
     """From the products alone, and half as much again for all that is no product."""
-    shapes = linear_shapes(arch)
-    forward = 2 * tokens * sum(rows * columns for rows, columns in shapes.values())  # of a layer
-    widths = [shapes[names[0]][1] for names in INPUT_GROUPS]
-    streams = len(settings.streams)
-    gram = 2 * tokens * sum(width * width for width in widths) * (5 / 8 + (settings.drift_correction > 0))
-    choosing = sum(2 * rows * columns * columns for rows, columns in shapes.values())  # GPTQ's updates
-    choosing += sum(3 * width**3 for width in widths) * (2 if settings.drift_correction else 1)
-    layer = (2 * streams * forward) / speed.compute + (gram + choosing) / speed.float32
-    curved = 0.0
-    if settings.output_curvature or settings.average_bits:
-        seen = min(tokens, fisher.MAX_TOKENS)
-        head = 2 * 2 * seen * arch.hidden_size * arch.vocab_size
-        curved = (3 * forward * seen / tokens * arch.num_layers + head) / speed.compute
-        curved += arch.num_layers * 2 * seen * _curvature(arch) * 5 / 8 / speed.float32
-    return 1.5 * (layer * arch.num_layers + curved)
+    done = duration.quantizing(
+        arch, tokens, streams=len(settings.streams), drift=settings.drift_correction > 0,
+        curvature=_curvature(arch) if settings.output_curvature or settings.average_bits else 0,
+        seen=min(tokens, fisher.MAX_TOKENS),
+    )  # fmt: skip
+    return 1.5 * (done.compute / speed.compute + (done.float32 + done.everywhere) / speed.float32)
 
 
 def check_room(needed: Need, folder: Path, *, memory_budget: int | None = None) -> None:

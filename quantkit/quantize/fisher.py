@@ -19,6 +19,7 @@ from torch import Tensor
 
 from quantkit import decoder, ranks
 from quantkit.architecture import INPUT_GROUPS, linear_shapes
+from quantkit.capacity import duration
 from quantkit.checkpoint import Checkpoint, save_tensors
 from quantkit.decoder import Rotation
 from quantkit.losses import curvature_probe
@@ -28,8 +29,7 @@ from quantkit.quantize.gram import add_gram, mirror
 
 Errors = Callable[[Tensor], dict[int, Tensor]]  # of a weight
 BATCH = 4  # samples a pass through a layer
-MAX_ROWS = 2048  # of a block: what rows further apart do to each other is left out
-MAX_TOKENS = 1 << 16  # of all ranks; more tell little more, and their states fill the disk
+MAX_ROWS, MAX_TOKENS = duration.CURVATURE_ROWS, duration.CURVATURE_TOKENS
 LOUD = 30.0  # times the mean: what a token's trace says past this is no chance
 MAX_SHARE = 3.0  # times the mean of its window: nor of a block of the Fisher information
 _CHUNK = 128  # positions whose logits stand in memory
@@ -51,8 +51,7 @@ class Curvature(NamedTuple):
 
 def block_sizes(out_features: int) -> list[int]:
     """Rows of each diagonal block that a linear's Fisher information is kept as."""
-    blocks = -(-out_features // MAX_ROWS)
-    return [len(part) for part in torch.arange(out_features).tensor_split(blocks)]
+    return duration.block_sizes(out_features, MAX_ROWS)
 
 
 def measure(
