@@ -245,7 +245,8 @@ def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Ite
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("RAY_")]:
             patch.delenv(name)
-        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # Ray's switch for what stays on the loopback address
+        # Ray's switch for what stays on the loopback address
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1" if hosts else "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.setenv("RAY_worker_register_timeout_seconds", "1800")  # of a machine that is busy with other things
         patch.setenv("RAY_AUTH_MODE", "token")

@@ -254,7 +254,7 @@ def _accelerator(seed: int) -> Any:
     Raises:
         QuantkitError: FSDP of the first version.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, set_seed
 
     set_seed(seed)
@@ -270,7 +270,7 @@ def _accelerator(seed: int) -> Any:
         )
     accelerator = Accelerator(mixed_precision=mixed, cpu=not on_gpu, fsdp_plugin=sharding)
     if not on_gpu:  # accelerate has FSDP on accelerators alone, though torch shards on processors as well
-        accelerator.state.distributed_type = DistributedType.FSDP
+        PartialState().distributed_type = accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = sharding
     # the loss and the sums of gradients are float32; autocast chooses the type of products, as without sharding
     sharding.mixed_precision_policy = None
@@ -366,9 +366,7 @@ def _write(accelerator: Any, learner: Any, path: Path) -> None:
     """The draft's weights by their names in a checkpoint, float32; every process takes part, one writes."""
     whole = accelerator.get_state_dict(learner)
     if ranks.rank() == 0:
-        # gathered shards may still be on their way, as a kind of tensor that a copy waits for
-        arrived = {name: each if type(each) is Tensor else each.clone() for name, each in whole.items()}
-        weights = {name.removeprefix("draft."): tensor.cpu() for name, tensor in arrived.items()}
+        weights = {name.removeprefix("draft."): tensor.cpu() for name, tensor in whole.items()}
         if accelerator.unwrap_model(learner).draft.config.tie_word_embeddings:
             weights.pop("lm_head.weight", None)
         save_tensors(path, weights)
