@@ -1,5 +1,6 @@
 """Documents -> token set: windows of equal length, chat templates applied, BOS as the tokenizer wants it."""
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from quantkit.errors import QuantkitError, raise_all, refusing
 from quantkit.text import Document, documents
 
 _TOKENIZER_BYTES = 128 << 20  # the largest file of a tokenizer that is read; those of 262,144 tokens take 35 MB
+_MOST_ID = 1 << 24  # of a token; the tokenizer's library takes four bytes and more for each id up to the largest
 _SPAN = 32  # tokens; two texts that share a run of this length share a source
 
 
@@ -62,10 +64,27 @@ def _tokenizer_problems(path: Path) -> list[str]:
             continue
         except QuantkitError as error:
             found.append(str(error))
+    if not found:
+        found += _id_problems(path / "tokenizer.json")
     if (path / "config.json").exists() and not found:
         config = foreign.json_object(path / "config.json", remedy="get the file again", within=path)
         found += [f"{path / 'config.json'}: {problem}" for problem in size_problems(config)]
     return found
+
+
+def _id_problems(path: Path) -> list[str]:
+    """Token ids that would fill the memory; a file that holds none is judged by who loads it."""
+    try:
+        said = json.loads(foreign.read(path, most=_TOKENIZER_BYTES, within=path.parent))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return []
+    model = said.get("model") if isinstance(said, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    added = said.get("added_tokens") if isinstance(said, dict) else None
+    ids = list(vocabulary.values()) if isinstance(vocabulary, dict) else []
+    ids += [each.get("id") for each in added if isinstance(each, dict)] if isinstance(added, list) else []
+    largest = max((each for each in ids if isinstance(each, (int, float))), default=0)
+    return [f"{path} has a token of id {largest}: get the file again"] if largest > _MOST_ID else []
 
 
 def tokenize(

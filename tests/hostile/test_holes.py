@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from quantkit.architecture import read_architecture
 from quantkit.checkpoint import open_checkpoint
 from quantkit.engines import contract
 from quantkit.errors import QuantkitError, one_line
+from quantkit.tokens import load_tokenizer
 from tests.hostile.formats import index
 
 _WITHIN = 6 << 30  # bytes of addresses; what is imported has mapped 4 GiB of them
@@ -93,6 +95,19 @@ def test_sizes_that_no_model_has_are_refused_before_anything_is_made_of_them(key
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 280} | sizes | {key: value}
     found, problems = read_architecture(config)
     assert found is None and any(key in problem for problem in problems)
+
+
+@pytest.mark.parametrize("place", ["vocab", "added_tokens"])
+def test_an_id_beyond_all_vocabularies_takes_no_memory(tiny_llama: Path, tmp_path: Path, place: str) -> None:
+    path = shutil.copytree(tiny_llama, tmp_path / "model") / "tokenizer.json"
+    said = json.loads(path.read_text())
+    if place == "vocab":
+        said["model"]["vocab"]["harbour"] = 1 << 31
+    else:
+        said["added_tokens"][0]["id"] = 1 << 31
+    path.write_text(json.dumps(said))
+    with pytest.raises(QuantkitError, match=f"has a token of id {1 << 31}"):
+        load_tokenizer(path.parent)
 
 
 def test_what_a_stranger_wrote_does_not_steer_the_terminal() -> None:
