@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,7 +62,7 @@ def run(folder: Path, address: str) -> None:
                 max_concurrent_batches=-(-job.max_num_seqs // _BATCH), log_engine_metrics=False,
                 chat_template_stage=False, tokenize_stage=False, detokenize_stage=False,
             ),
-            postprocess=_scored if job.requests[0].prompt_logprobs else _answered,
+            postprocess=lambda row: {"name": row["name"], "tokens": row["generated_tokens"]},
             preprocess_map_kwargs=beside, postprocess_map_kwargs=beside,
         )  # fmt: skip
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -71,7 +72,7 @@ def run(folder: Path, address: str) -> None:
             for row in processor(dataset).iter_rows():
                 request = asked.pop(row["name"], None)
                 if request is not None:  # of an engine that died Ray asks again what it had in hand
-                    stream.write(_result(request, row, ends).model_dump_json() + "\n")
+                    stream.write(_result(request, row["tokens"], ends).model_dump_json() + "\n")
     finally:
         ray.shutdown()  # its engines end with the driver that they are for
 
@@ -171,8 +172,8 @@ def _row(request: Request) -> dict[str, Any]:
     """
     sampling = offline_worker.sampling_settings(request) | {"seed": request.seed or 0}
     assert request.seed is not None or request.temperature == 0
-    if not request.prompt_logprobs:
-        del sampling["prompt_logprobs"]
+    assert not request.prompt_logprobs
+    del sampling["prompt_logprobs"]
     return {"name": request.name, "tokenized_prompt": request.prompt, "sampling_params": sampling}
 
 
@@ -185,26 +186,11 @@ def _own_stop_tokens(model: str) -> set[int]:
     return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
-def _answered(row: dict[str, Any]) -> dict[str, Any]:
-    """What Ray brings back of an answer."""
-    return {"name": row["name"], "tokens": row["generated_tokens"]}
-
-
-def _scored(row: dict[str, Any]) -> dict[str, Any]:
-    """What Ray brings back where the prompt's tokens were scored: of each but the first one entry, its own."""
-    logprobs = [next(iter(entry.values()))["logprob"] for entry in row["prompt_logprobs"][1:]]
-    return _answered(row) | {"prompt_logprobs": logprobs}
-
-
-def _result(request: Request, row: dict[str, Any], ends: set[int]) -> Result:
+def _result(request: Request, tokens: Sequence[int], ends: set[int]) -> Result:
     """Ray does not hand on why an answer ended: its last token tells."""
-    said = [int(token) for token in row["tokens"]]
+    said = [int(token) for token in tokens]
     stopped = said[-1] in ends.union(request.stop_token_ids)
-    scored = row.get("prompt_logprobs")
-    return Result(
-        name=request.name, tokens=said, finished="stop" if stopped else "length",
-        prompt_logprobs=None if scored is None else [float(each) for each in scored],
-    )  # fmt: skip
+    return Result(name=request.name, tokens=said, finished="stop" if stopped else "length")
 
 
 if __name__ == "__main__":

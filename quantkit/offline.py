@@ -110,7 +110,7 @@ class Session:
     def __init__(self, *, cluster: str | None = None) -> None:
         """With the address of a Ray cluster (`auto`: RAY_ADDRESS, or the one here), its machines answer instead.
 
-        What is counted of a draft, and what is timed, is of this machine in any case.
+        What is counted of a draft, timed or scored is of this machine in any case.
         """
         self._cluster = cluster
         self._children: dict[str | None, processes.Worker] = {}  # by where they work; None: here
@@ -133,7 +133,8 @@ class Session:
         Raises:
             QuantkitError: vLLM is not installed, or the child failed; with the telling line of its log.
         """
-        where = self._cluster if job.draft is None else None  # Ray hands on no counters
+        scored = any(each.prompt_logprobs for each in job.requests)
+        where = None if job.draft is not None or scored else self._cluster  # Ray hands on no counters
         folder.mkdir(parents=True, exist_ok=True)
         results_path, job_path, counters = folder / RESULTS_NAME, folder / "job.json", folder / "speculation.json"
         text = job.model_dump_json()

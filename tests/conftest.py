@@ -248,7 +248,8 @@ def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Ite
         # Ray's switch for what stays on the loopback address
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1" if hosts else "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("RAY_worker_register_timeout_seconds", "1800")  # of a machine that is busy with other things
+        for name in ("worker_register_timeout_seconds", "raylet_start_wait_time_s"):
+            patch.setenv(f"RAY_{name}", "1800")  # of a machine that is busy with other things
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
         for name, value in environment.items():
@@ -259,7 +260,7 @@ def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Ite
                 started.append(_start_ray(head))
             for other in hosts[1:]:
                 node = [*ray, "--address", f"{host}:{ports['']}", "--node-ip-address", other.address]
-                node += ["--metrics-export-port", ports["metrics-export-"]]
+                node += [f"--{name}port={ports[name]}" for name in names[1:-1]]
                 with other.inside():
                     started.append(_start_ray(node))
             yield RayCluster(
