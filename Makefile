@@ -1,21 +1,27 @@
 # make demo    set everything up and run the quickstart recipe
 # make test    set everything up and run all tests
 # make check   ruff and mypy
-# make pins    resolve requirements/*.txt again
+# make pins    resolve requirements/*.txt again, with the hashes of their files
+# make audit   look the pins up among known vulnerabilities, where that data can be reached
+# make licences    write docs/licences.md
+# make sbom    write build/quantkit.cdx.json, a CycloneDX bill of materials of quantkit as it is installed here
 PYTHON ?= python3.11
 VENV ?= .venv
 REQUIREMENTS ?= requirements/cpu.txt
 OUT ?= runs/quickstart
 # Two processes share the test files out; vLLM and torch get a core each.
 PYTEST_ARGS ?= -n 2 --dist loadfile --no-loadscope-reorder
-UV_VERSION = 0.13.9
 BIN = $(VENV)/bin
 UV = $(BIN)/uv
 INSTALLED = $(VENV)/.installed
 WITH_EXTRAS = $(VENV)/.with-extras
 EXTRAS = ray compose sign test
 
-.PHONY: demo test check format pins clean
+AUDIT = .venv-audit
+AUDITED = $(AUDIT)/.installed
+PINS = cpu cuda $(EXTRAS)
+
+.PHONY: demo test check format pins audited audit licences sbom clean
 
 demo: $(INSTALLED)
 	$(BIN)/quantkit run recipes/quickstart.yaml --out $(OUT)
@@ -33,18 +39,38 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 
 # torch comes by pip, which takes a CPU build where it is told of one (PIP_FIND_LINKS, PIP_EXTRA_INDEX_URL) and else the
-# registry's, which runs on a CPU too. The rest of the closure is complete and is installed as it is pinned.
+# registry's, which runs on a CPU too: so it alone is held to no hash. The rest of the closure is complete, and is
+# installed as it is pinned, from the very files that requirements/hashes/ lists.
 $(INSTALLED): $(REQUIREMENTS) pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c $(REQUIREMENTS) "$$(grep '^torch==' $(REQUIREMENTS))"
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps -r $(REQUIREMENTS)
+	$(BIN)/pip install --quiet --disable-pip-version-check --require-hashes -r requirements/hashes/uv.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps "$$(grep '^torch==' $(REQUIREMENTS))"
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps -r $(REQUIREMENTS) -c requirements/hashes/$(notdir $(REQUIREMENTS))
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation -e .
 	touch $@
 
 $(WITH_EXTRAS): $(EXTRAS:%=requirements/%.txt) $(INSTALLED)
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps $(EXTRAS:%=-r requirements/%.txt)
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps $(EXTRAS:%=-r requirements/%.txt -c requirements/hashes/%.txt)
 	touch $@
+
+# What looks at the environment has one of its own: it would hold packages of the closure back.
+$(AUDITED): requirements/audit.txt $(INSTALLED)
+	$(PYTHON) -m venv --without-pip $(AUDIT)
+	$(UV) pip install --quiet --python $(AUDIT)/bin/python --no-deps -r requirements/audit.txt -c requirements/hashes/audit.txt
+	touch $@
+
+audited: $(AUDITED)
+
+audit: $(AUDITED)
+	$(BIN)/python requirements/audit.py $(AUDIT)/bin/pip-audit $(PINS:%=requirements/%.txt) requirements/engines/*.txt
+
+licences: $(AUDITED)
+	$(BIN)/python requirements/licences.py $(AUDIT)/bin/pip-licenses $(BIN)/python $(REQUIREMENTS)
+
+sbom: $(AUDITED)
+	mkdir -p build
+	$(AUDIT)/bin/cyclonedx-py environment --pyproject pyproject.toml --sv 1.6 --short-PURLs --output-reproducible \
+	  --output-file build/quantkit.cdx.json $(BIN)/python
 
 # cpu.txt is resolved against a CPU build of torch: PIP_FIND_LINKS must name a folder that has one. The others are what the
 # extras of pyproject.toml need beside either of the two.
@@ -60,6 +86,13 @@ pins: $(INSTALLED)
 	    -c requirements/cpu.txt -c requirements/cuda.txt --no-header --no-annotate --quiet \
 	    | grep -vxFf requirements/cpu.txt > requirements/$$extra.txt; \
 	done
+	printf 'pip-audit\npip-licenses\ncyclonedx-bom\n' | $(UV) pip compile - --python-version 3.11 --no-header --no-annotate \
+	  --quiet > requirements/audit.txt
+	for pins in $(PINS:%=requirements/%.txt) requirements/uv.txt requirements/audit.txt requirements/engines/*.txt; do \
+	  mkdir -p $$(dirname $$pins)/hashes; \
+	  $(UV) pip compile $$pins --no-config --no-deps --generate-hashes --python-version 3.11 --no-header --no-annotate --quiet \
+	    > $$(dirname $$pins)/hashes/$$(basename $$pins) || exit 1; \
+	done
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(AUDIT) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -120,11 +120,13 @@ def _steps(name: str, target: Path) -> list[tuple[str, list[str | Path]]]:
     ]  # fmt: skip
     closure: list[str | Path] = ["--no-deps", "--no-build-isolation", "-r", pins]
     uv = _uv()
+    # pip takes hashes for all packages or for none, and torch's build is chosen by who has the machine
+    hashed: list[str | Path] = ["-c", registry.hashes(name).resolve()] if uv and registry.hashes(name).is_file() else []
     by_uv: list[str | Path] = [uv or "", "pip", "install", "--python", interpreter]
     return [
         ("making the environment", [sys.executable, "-I", "-m", "venv", target]),
         (f"installing {' '.join(first)}", [*pip, "-c", pins, *first]),
-        (f"installing {name} and what it needs", [*(by_uv if uv else pip), *closure]),
+        (f"installing {name} and what it needs", [*(by_uv if uv else pip), *closure, *hashed]),
     ]
 
 

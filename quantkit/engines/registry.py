@@ -135,6 +135,12 @@ def check(arch: Architecture, stored: Storage) -> list[str]:
     return vllm_support.cuda_only(**asked) + vllm_support.cpu_only(**asked)
 
 
+def hashes(name: str) -> Path:
+    """The SHA-256 of each file that may be installed for the engine's pins."""
+    pins = requirements(name)
+    return pins.parent / "hashes" / pins.name
+
+
 def digest(name: str) -> str:
     """What names an engine's environment: its pins and nothing else."""
     return provenance.file_digest(requirements(name))[:12]
