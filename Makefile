@@ -50,7 +50,7 @@ $(INSTALLED): $(REQUIREMENTS) pyproject.toml
 	touch $@
 
 $(WITH_EXTRAS): $(EXTRAS:%=requirements/%.txt) $(INSTALLED)
-	$(UV) pip install --quiet --python $(BIN)/python --no-deps $(EXTRAS:%=-r requirements/%.txt -c requirements/hashes/%.txt)
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps $(foreach extra,$(EXTRAS),-r requirements/$(extra).txt -c requirements/hashes/$(extra).txt)
 	touch $@
 
 # What looks at the environment has one of its own: it would hold packages of the closure back.

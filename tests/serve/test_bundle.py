@@ -194,7 +194,7 @@ def test_all_problems_are_said_at_once(copy: Path, tmp_path: Path) -> None:
     edit_json(copy / "generation_config.json", min_p=0.1)
     with pytest.raises(QuantkitError) as caught:
         build(tmp_path / "bundle", copy, draft)
-    for words in ("target config.json has auto_map", "draft elsewhere.json is a link out of", "(320) and draft (384)",
+    for words in ("config.json has auto_map", "draft elsewhere.json is a link out of", "(320) and draft (384)",
                   "give 2 tokens different ids ('a', 'b', ...)", "min_p", "5 problems"):  # fmt: skip
         assert words in str(caught.value)
 
