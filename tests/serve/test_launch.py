@@ -1,10 +1,12 @@
 """The launcher without vLLM: its environment, ports, the words it picks from a log, and that nothing is left behind."""
 
 import os
+import shutil
 import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ import pytest
 from quantkit import processes, vllm_environment
 from quantkit.errors import QuantkitError
 from quantkit.serve import launch
+from quantkit.serve.settings import ServeSettings
 
 CRASH = """\
 (APIServer pid=7) INFO 11-23 02:00:00 [api.py:1] vLLM API server version 0.32.0
@@ -39,13 +42,18 @@ http.server.HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
 
+@pytest.fixture(scope="module")
+def real(tiny_llama: Path, make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = ServeSettings(
+        served_model_name="tiny", max_model_len=512, port=1, shutdown_timeout=0, num_speculative_tokens=2
+    )
+    return make_bundle(tiny_llama, tmp_path_factory.mktemp("launch") / "bundle", settings)
+
+
 @pytest.fixture
-def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def fake(real: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A bundle whose server is the fake one."""
-    bundle = tmp_path / "bundle"
-    (bundle / "vllm").mkdir(parents=True)
-    (bundle / "vllm" / "serve.cpu.yaml").write_text("")
-    (bundle / "bundle.json").write_text('{"settings": {"port": 1, "shutdown_timeout": 0}}')
+    bundle = shutil.copytree(real, tmp_path / "bundle")
     package = tmp_path / "package" / "vllm" / "entrypoints" / "cli"
     package.mkdir(parents=True)
     (package / "main.py").write_text(FAKE)

@@ -25,9 +25,10 @@ def record(per_position: list[float] | None = None, planned: list[float] | None 
         "0": {"vllm": {"per_position": [0.9] * len(per_position or ())}},
         "0.7": {"vllm": {"per_position": per_position}},
     }
+    load = {"concurrency": 1, "step_s": 0.01, "options": [{"tokens": 1, "speedup": 1.0, "standard_error": 0.0}]}
     plan = {
         "profile": "gpu", "origin": "estimated", "machine": "an H100", "context_tokens": 32, "measured_positions": 1,
-        "accepted_length": planned, "accepted_length_standard_error": planned, "loads": [],
+        "accepted_length": planned, "accepted_length_standard_error": planned, "loads": [load],
     }  # fmt: skip
     return {
         "measured": {"draft": {"acceptance": {"after": counted}}} if per_position else {},
