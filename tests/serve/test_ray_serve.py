@@ -159,14 +159,14 @@ def test_the_prefix_cache_router_asks_again_where_it_asked(cluster: Any, bundle:
 @pytest.mark.vllm
 @pytest.mark.timeout(4 * PATIENCE_S)
 def test_the_router_prefers_the_replica_with_the_freer_cache(cluster: Any, bundle: Path) -> None:
-    with serving(cluster, bundle, ray_serve.MOST_FREE_KV, "KVUsageServer") as client, ThreadPoolExecutor(7) as beside:
+    with serving(cluster, bundle, ray_serve.MOST_FREE_KV, "KVUsageServer") as client, ThreadPoolExecutor(1) as beside:
         for _ in range(5):  # until the long answer holds its cache all the while
             before = by_replica(cluster, "request_success_total")
             long = beside.submit(ask, client, "Say what a library is for.", 1900)
             wait(lambda: long.done() or max(by_replica(cluster, "kv_cache_usage_perc").values(), default=0) > 0.1)  # noqa: B023
             time.sleep(2)  # Ray asks the replicas each second
-            short = [beside.submit(ask, client, f"Name {number} things.") for number in range(6)]
-            assert all(each.result() for each in short)
+            for number in range(6):
+                ask(client, f"Name {number} things.")
             if not long.done():
                 break
             long.result()
