@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from quantkit.serve import bundle as bundles
 from quantkit.serve import check, launch, smoke
 from quantkit.serve.settings import ServeSettings
 
@@ -97,15 +96,13 @@ def test_settings_reached_the_server(running: Running) -> None:
 
 def test_vllm_takes_good_flags_and_refuses_bad_ones(bundle: Path) -> None:
     """The check is vLLM's own: what it would refuse at start is refused here, and only that."""
-    cpu, sums = bundle / "vllm" / "serve.cpu.yaml", bundle / bundles.SUMS_NAME
+    cpu = bundle / "vllm" / "serve.cpu.yaml"
     good = cpu.read_text()
     try:
         cpu.write_text(good.replace('dtype: "float32"', 'dtype: "float31"'))
-        sums.write_text(bundles.sums_text(bundle, {}))
-        found = {one.name: one for one in check.check(bundle)}
+        found = {one.name: one for one in check._vllm_checks(bundle)}  # the others find that bundle.json says otherwise
     finally:
         cpu.write_text(good)
-        sums.write_text(bundles.sums_text(bundle, {}))
     assert {name for name, one in found.items() if not one.passed} == {"vLLM accepts vllm/serve.cpu.yaml"}
     assert "float31" in found["vLLM accepts vllm/serve.cpu.yaml"].detail
     assert "a CPU build cannot tell" in found["vLLM accepts vllm/serve.yaml"].detail
