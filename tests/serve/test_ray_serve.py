@@ -27,14 +27,16 @@ from quantkit.serve.settings import ServeSettings
 PATIENCE_S = 600  # of a machine that is busy with other things
 MakeBundle = Callable[..., Path]
 SETTINGS = ServeSettings(
-    served_model_name="tiny", max_model_len=2048, max_num_seqs=4, max_num_batched_tokens=2048,
-    kv_cache_memory_bytes=4 << 20, num_speculative_tokens=2,
+    served_model_name="tiny", max_model_len=8192, max_num_seqs=4, max_num_batched_tokens=8192,
+    kv_cache_memory_bytes=24 << 20, num_speculative_tokens=2,
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_llama: Path, make_bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_bundle(tiny_llama, tmp_path_factory.mktemp("ray") / "bundle", SETTINGS)
+def bundle(make_llama: MakeBundle, make_bundle: MakeBundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model with room for an answer that takes many seconds."""
+    folder = tmp_path_factory.mktemp("ray")
+    return make_bundle(make_llama(folder / "model", max_position_embeddings=8192), folder / "bundle", SETTINGS)
 
 
 def test_the_engine_is_asked_for_what_the_server_is(bundle: Path) -> None:
@@ -51,7 +53,7 @@ def test_the_engine_is_asked_for_what_the_server_is(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ("max_model_len: 2048", "max_model_len: 4096", "max_model_len is another"),
+        ("max_model_len: 8192", "max_model_len: 4096", "max_model_len is another"),
         ("/bundle/target", "/srv/target", "the model is not /bundle/target"),
         ("PrefixCacheAffinityRouter", "KVAwareRouter", "another router"),
         ("applications:", "applications: 3 #", "cannot be read"),
@@ -162,7 +164,7 @@ def test_the_router_prefers_the_replica_with_the_freer_cache(cluster: Any, bundl
     with serving(cluster, bundle, ray_serve.MOST_FREE_KV, "KVUsageServer") as client, ThreadPoolExecutor(1) as beside:
         for _ in range(5):  # until the long answer holds its cache all the while
             before = by_replica(cluster, "request_success_total")
-            long = beside.submit(ask, client, "Say what a library is for.", 1900)
+            long = beside.submit(ask, client, "Say what a library is for.", 8000)
             wait(lambda: long.done() or max(by_replica(cluster, "kv_cache_usage_perc").values(), default=0) > 0.1)  # noqa: B023
             time.sleep(2)  # Ray asks the replicas each second
             for number in range(6):
