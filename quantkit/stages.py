@@ -131,15 +131,8 @@ def quantize(
     shape = {"quantize": settings.model_dump(), "calibration": _windows(calibration), "seed": seed}
     if not native:
         shape["pins"] = registry.digest(settings.engine)
-
-    def look() -> None:
-        from quantkit import checkpoint as checkpoints
-        from quantkit import tokens
-
-        checkpoints.open_checkpoint(checkpoint, quantized=False)
-        tokens.load_tokenizer(checkpoint)
-
-    return Stage("quantize", "quantized", {"checkpoint": checkpoint}, shape, make, look=look)
+    inputs = {"checkpoint": checkpoint}
+    return Stage("quantize", "quantized", inputs, shape, make, look=lambda: _open(checkpoint, quantized=False))
 
 
 def engine_problems(settings: Quantize, *, memory_budget: int | None = None) -> list[str]:
@@ -332,16 +325,7 @@ def evaluate(
     }  # fmt: skip
     inputs = {"candidate" if not number else f"candidate-{number + 1}": path for number, path in enumerate(candidates)}
     inputs |= {"reference": reference} | ({"draft": draft} if draft else {})
-
-    def look() -> None:
-        from quantkit import checkpoint as checkpoints
-        from quantkit import tokens
-
-        for path in (reference, *candidates):
-            checkpoints.open_checkpoint(path)
-            tokens.load_tokenizer(path)
-
-    return Stage("eval", "report", inputs, shape, make, verdict, look)
+    return Stage("eval", "report", inputs, shape, make, verdict, look=lambda: _open(reference, *candidates))
 
 
 def _candidate(path: Path, among: Sequence[Path]) -> "Candidate":
@@ -438,16 +422,17 @@ def train_draft(
     shape = {"draft": settings.model_dump(), "prompts": text.describe([settings.prompts]), "seed": seed}
     if with_head:
         shape["pins"] = registry.digest(_HEAD_ENGINE)
+    return Stage("train-draft", "draft", inputs, shape, make, look=lambda: _open(*inputs.values()))
 
-    def look() -> None:
-        from quantkit import checkpoint as checkpoints
-        from quantkit import tokens
 
-        for path in inputs.values():
-            checkpoints.open_checkpoint(path)
-            tokens.load_tokenizer(path)
+def _open(*paths: Path, quantized: bool | None = None) -> None:
+    """Raise what is wrong with checkpoints and their tokenizers; `quantized`: what they must be."""
+    from quantkit import checkpoint as checkpoints
+    from quantkit import tokens
 
-    return Stage("train-draft", "draft", inputs, shape, make, look=look)
+    for path in paths:
+        checkpoints.open_checkpoint(path, quantized=quantized)
+        tokens.load_tokenizer(path)
 
 
 def _check_cluster(cluster: str | None) -> None:
