@@ -90,7 +90,8 @@ def _products(dtype: "torch.dtype", shapes: Sequence[tuple[int, int]]) -> dict[i
     import torch
 
     whole = torch.randn(_MATRIX_WEIGHTS).to(dtype)
-    matrices = [whole[: rows * columns].clone().view(rows, columns) for rows, columns in shapes]
+    laid_out, multiply = _linear(dtype)
+    matrices = [laid_out(whole[: rows * columns].clone().view(rows, columns)) for rows, columns in shapes]
     widest = max(columns for _, columns in shapes)
     inputs = {rows: torch.randn(rows, widest).to(dtype) for rows in _ROWS}
     seconds: dict[int, list[float]] = {rows: [] for rows in _ROWS}
@@ -100,9 +101,23 @@ def _products(dtype: "torch.dtype", shapes: Sequence[tuple[int, int]]) -> dict[i
                 continue  # long enough to be sure of
             used = matrices if rows <= _FEW_ROWS else matrices[: max(len(matrices) * _FEW_ROWS // rows, 4)]
             pairs = [(x[:, : matrix.shape[1]].contiguous(), matrix) for matrix in used]
-            spent = _timed(lambda pairs=pairs: [torch.nn.functional.linear(*pair) for pair in pairs])  # type: ignore[misc]
+            spent = _timed(lambda pairs=pairs: [multiply(*pair) for pair in pairs])  # type: ignore[misc]
             seconds[rows].append(spent / sum(matrix.numel() for matrix in used))
     return {rows: _short(2 * rows / statistics.median(found) / 1e9) for rows, found in seconds.items()}
+
+
+def _linear(dtype: "torch.dtype") -> "tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]":
+    """How vLLM keeps a matrix, and x W^T of it.
+
+    Where the processor has bfloat16, it lays such weights out for oneDNN once: with AMX, eight rows then take 0.6 of
+    the time in which each product does so again.
+    """
+    import torch
+
+    onednn = torch.ops.mkldnn
+    if dtype != torch.bfloat16 or not onednn._is_mkldnn_bf16_supported():
+        return lambda matrix: matrix, torch.nn.functional.linear
+    return onednn._reorder_linear_weight, lambda x, matrix: onednn._linear_pointwise(x, matrix, None, "none", [], "")
 
 
 def _layer_us(dtype: "torch.dtype") -> dict[int, float]:

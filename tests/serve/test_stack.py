@@ -201,16 +201,19 @@ def chat(prompt: str = "Count from one to ten.", **more: Any) -> dict[str, Any]:
 
 
 def test_a_chat_is_answered_whole_and_streamed_as_it_comes(stack: Stack) -> None:
+    asked = chat(max_tokens=60, ignore_eos=True)
     with stack.outside() as client:
-        whole = client.post("/v1/chat/completions", json=chat(max_tokens=60)).raise_for_status().json()
-        with client.stream("POST", "/v1/chat/completions", json=chat(max_tokens=60, stream=True)) as response:
-            assert response.headers["content-type"].startswith("text/event-stream")
-            pieces = list(response.iter_raw())
-    events = [line for line in b"".join(pieces).decode().splitlines() if line.startswith("data: {")]
-    deltas = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events]
-    assert "".join(delta.get("content") or "" for delta in deltas) == whole["choices"][0]["message"]["content"]
-    # One page of a proxy's, in pieces, though few where this process is late to read; test_compose shows that the proxy
-    # holds nothing back.
+        whole = client.post("/v1/chat/completions", json=asked).raise_for_status().json()
+        for _ in range(5):  # where this process is late to read, it finds all pieces at once
+            with client.stream("POST", "/v1/chat/completions", json=asked | {"stream": True}) as response:
+                assert response.headers["content-type"].startswith("text/event-stream")
+                pieces = list(response.iter_raw())
+            events = [line for line in b"".join(pieces).decode().splitlines() if line.startswith("data: {")]
+            deltas = [json.loads(event.removeprefix("data: "))["choices"][0]["delta"] for event in events]
+            assert "".join(delta.get("content") or "" for delta in deltas) == whole["choices"][0]["message"]["content"]
+            if len(pieces) > 1:
+                break
+    # less than a page of a proxy's, in pieces; test_compose shows that the proxy holds nothing back
     assert len(b"".join(pieces)) < 4096 and len(pieces) > 1
 
 
