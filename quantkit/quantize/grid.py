@@ -14,7 +14,8 @@ from quantkit.formats import Grid, grouped
 
 FLOAT16_MAX = 65504.0
 FLOAT16_TINY = 2.0**-24  # the smallest positive float16, a subnormal: exact in every format's float16 scales
-CLIP_CANDIDATES = tuple(1 - step / 40 for step in range(20))  # 1, 0.975, ... 0.525 of the group's range
+CLIP_CANDIDATES = tuple(1 - step / 20 for step in range(10))  # 1, 0.95, ... 0.55 of the group's range
+CLIP_STEP = 0.025  # either side of the best of these that is tried then
 CHUNK_ELEMENTS = 1 << 22  # weights that a search holds in float32 at a time: a few buffers of 16 MiB
 
 
@@ -56,7 +57,8 @@ def fit_grid(
     group. Without a Hessian H is the identity. Of equal candidates the first wins.
 
     hessian_II: [in_features, in_features], the Gram matrix of the linear's inputs in any unit; or None.
-    candidates: factors in (0, 1]; with 1 among them the result is never worse than `minmax_grid`.
+    candidates: factors in (0, 1]; with 1 among them the result is never worse than `minmax_grid`. Of several, what
+        lies CLIP_STEP to either side of a group's best one is tried as well.
 
     Raises ValueError as `minmax_grid` does, and when the Hessian has another shape or is not finite.
     """
@@ -136,17 +138,28 @@ def _fit_rows(
     best_scale_GO = torch.ones_like(low_GO)
     best_zero_point_GO = torch.zeros_like(low_GO)
     best_error_GO = torch.full_like(low_GO, torch.inf)
-    for shrink in candidates:
-        scale_GO, zero_point_GO = _scale_and_zero_point(low_GO * shrink, high_GO * shrink, bits, symmetric)
+    best_shrink_GO = torch.ones_like(low_GO)
+
+    def attempt(shrink_GO: Tensor) -> None:
+        scale_GO, zero_point_GO = _scale_and_zero_point(low_GO * shrink_GO, high_GO * shrink_GO, bits, symmetric)
         scale_GO1, zero_point_GO1 = scale_GO[..., None], zero_point_GO[..., None]
         error_GOi = torch.div(weight_GOi, scale_GO1).round_().add_(zero_point_GO1).clamp_(0, 2**bits - 1)
         error_GOi.sub_(zero_point_GO1).mul_(scale_GO1).sub_(weight_GOi)
         weighted_GOi = error_GOi if blocks_Gii is None else error_GOi @ blocks_Gii
         error_GO = (weighted_GOi * error_GOi).sum(-1)
         better_GO = error_GO < best_error_GO
-        best_error_GO = torch.where(better_GO, error_GO, best_error_GO)
-        best_scale_GO = torch.where(better_GO, scale_GO, best_scale_GO)
-        best_zero_point_GO = torch.where(better_GO, zero_point_GO, best_zero_point_GO)
+        for best_GO, found_GO in (
+            (best_error_GO, error_GO), (best_scale_GO, scale_GO), (best_zero_point_GO, zero_point_GO),
+            (best_shrink_GO, shrink_GO),
+        ):  # fmt: skip
+            torch.where(better_GO, found_GO, best_GO, out=best_GO)
+
+    for shrink in candidates:
+        attempt(torch.full_like(low_GO, shrink))
+    if len(candidates) > 1:
+        middle_GO = best_shrink_GO.clone()  # the first of the two steps may move the best
+        for step in (CLIP_STEP, -CLIP_STEP):
+            attempt((middle_GO + step).clamp_(max=1))
     return best_scale_GO.T.contiguous(), best_zero_point_GO.T.contiguous()
 
 

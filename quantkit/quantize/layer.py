@@ -27,6 +27,7 @@ from quantkit.quantize.schemes import Override
 from quantkit.quantize.smooth import smoothing_scale
 
 BATCH = 4  # samples a forward pass
+REPORTED_ROWS = 512  # of a linear, evenly spread, that its relative error is of, at the least
 
 
 class Effort(NamedTuple):
@@ -93,7 +94,9 @@ class LinearNote(NamedTuple):
     """What became of one linear; goes into the manifest."""
 
     linear: str
-    relative_error: float  # |(W' - Q) X|^2 / |W' X|^2 over the calibration inputs, W' what was to be rounded
+    relative_error: (
+        float  # |(W' - Q) X|^2 / |W' X|^2 over the calibration inputs, W' what was to be rounded; of some rows
+    )
     dead_inputs: int
     damping: float  # 0 where the method needs none
     scale_gain: float | None  # what the scale of its inputs leaves of the error that it is judged by; None: no scale
@@ -118,7 +121,7 @@ class _Inputs(NamedTuple):
 
     tokens: int
     gram_II: Tensor
-    mean_abs_I: Tensor
+    mean_abs_I: Tensor | None  # for AWQ's search alone
     cross_II: Tensor | None
     residual_CI: Tensor | None
 
@@ -281,10 +284,16 @@ class Layer:
         for name in names:
             rows = slice(begin, begin + len(self.weights[f"{name}.weight"]))
             self._keep(name, _rows(quantized, rows))
-            error = _energy(weight_OI[rows] - self.weights[f"{name}.weight"], gram_II)
-            relative = float(error / _energy(weight_OI[rows], gram_II).clamp_min(1e-30))
+            error = self._energy(weight_OI[rows] - self.weights[f"{name}.weight"], gram_II)
+            relative = error / max(self._energy(weight_OI[rows], gram_II), 1e-30)
             self.notes.append(LinearNote(name, round(relative, 6), dead, damping, gain and round(gain, 4)))
             begin = rows.stop
+
+    def _energy(self, weight_OI: Tensor, gram_II: Tensor) -> float:
+        """tr(W H W^T), the mean squared output of a linear: a figure to report, which some of the rows will do for."""
+        weight_OI = weight_OI[:: max(len(weight_OI) // REPORTED_ROWS, 1)]
+        seen_OI = weight_OI.to(self.dtype) @ gram_II.to(self.dtype)
+        return float((seen_OI * weight_OI).sum())
 
     def _observe(
         self, read: Callable[[Run, slice], Tensor], residual: Callable[[Run, slice], Tensor] | None,
@@ -301,8 +310,8 @@ class Layer:
             x_NI = read(self.run, part).flatten(0, 1).float()
             if "gram" not in sums:
                 sums["gram"] = torch.zeros(x_NI.shape[1], x_NI.shape[1], device=self.device)
-                sums["abs"] = torch.zeros(x_NI.shape[1], device=self.device)
-            sums["abs"] += x_NI.abs().sum(0)
+            if self.settings.method == "awq":
+                sums["abs"] = sums.get("abs", 0) + x_NI.abs().sum(0)
             weighted_NI = x_NI
             if weight_ST is None:
                 add_gram(sums["gram"], x_NI)
@@ -322,7 +331,7 @@ class Layer:
         count = ranks.sum_up(sums, self.run.hidden_STC.shape[0] * self.run.hidden_STC.shape[1])
         means = {name: tensor.div_(count) for name, tensor in sums.items()}
         mirror(means["gram"])
-        return _Inputs(count, means["gram"], means["abs"], means.get("cross"), means.get("residual"))
+        return _Inputs(count, means["gram"], means.get("abs"), means.get("cross"), means.get("residual"))
 
     def _search(
         self, settings: Settings, names: tuple[str, ...], weight_OI: Tensor, inputs: _Inputs, shrinkage: float
@@ -332,6 +341,7 @@ class Layer:
         if settings.method == "awq+gptq":
             gram_II = shrunk(inputs.gram_II, shrinkage)
             return smoothing_scale(weight_OI, gram_II, group_size=group_size, damping=settings.damping, tie=tie)
+        assert inputs.mean_abs_I is not None
         found = search_scale(
             [weight_OI], inputs.gram_II, inputs.mean_abs_I, bits=settings.bits, group_size=group_size,
             symmetric=settings.symmetric, tie=tie,
@@ -396,11 +406,6 @@ def _rows(quantized: QuantizedWeight, rows: slice) -> QuantizedWeight:
     integers_OI, grid = quantized
     narrow = Grid(grid.scale_OG[rows], grid.zero_point_OG[rows], grid.bits, grid.group_size, grid.symmetric)
     return QuantizedWeight(integers_OI[rows], narrow)
-
-
-def _energy(weight_OI: Tensor, gram_II: Tensor) -> Tensor:
-    """tr(W H W^T): the mean squared output of a linear."""
-    return ((weight_OI @ gram_II) * weight_OI).sum()
 
 
 def _tie_query_heads(arch: Architecture) -> Callable[[Tensor], Tensor]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quantkit.formats import Grid, QuantizedWeight, dequantize
 from quantkit.quantize import grid as grid_module
-from quantkit.quantize.grid import CLIP_CANDIDATES, FLOAT16_TINY, fit_grid, minmax_grid, round_to_grid
+from quantkit.quantize.grid import CLIP_CANDIDATES, CLIP_STEP, FLOAT16_TINY, fit_grid, minmax_grid, round_to_grid
 
 
 def random_weight(seed: int, out_features: int = 6, in_features: int = 32) -> Tensor:
@@ -110,13 +110,17 @@ def test_clip_search_equals_a_search_by_loops(symmetric: bool, with_hessian: boo
             members = slice(8 * group, 8 * group + 8)
             weight_1i = weight_OI[row : row + 1, members]
             block_ii = hessian_II[members, members].double() if with_hessian else torch.eye(8).double()
-            best_error, best = float("inf"), None
-            for shrink in CLIP_CANDIDATES:
+            best_error, best, best_shrink = float("inf"), None, 1.0
+            coarse = list(CLIP_CANDIDATES)
+            for turn in range(len(coarse) + 2):
+                if turn == len(coarse):
+                    coarse += [min(best_shrink + CLIP_STEP, 1.0), best_shrink - CLIP_STEP]
+                shrink = float(torch.tensor(coarse[turn]))  # as float32 has it
                 grid = minmax_grid(weight_1i, bits=4, group_size=8, symmetric=symmetric, shrink=shrink)
                 error_i = (rounded(weight_1i, grid) - weight_1i)[0].double()
                 error = float(error_i @ block_ii @ error_i)
                 if error < best_error:
-                    best_error, best = error, grid
+                    best_error, best, best_shrink = error, grid, shrink
             assert best is not None
             assert found.scale_OG[row, group] == best.scale_OG[0, 0]
             assert found.zero_point_OG[row, group] == best.zero_point_OG[0, 0]
