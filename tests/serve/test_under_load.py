@@ -1,0 +1,94 @@
+"""The real server with more to do than it can, and with clients that go away: the short form of faults/soak.py."""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from quantkit.serve import launch, smoke
+from quantkit.serve.settings import ServeSettings
+from tests.faults import soak
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(1200)]
+SETTINGS = ServeSettings(
+    served_model_name="tiny", max_model_len=2048, max_num_seqs=4, max_num_batched_tokens=1024, num_speculative_tokens=2,
+    kv_cache_memory_bytes=32 << 20, dtype="float32", max_num_queued_reqs=8,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_llama: Path, make_bundle: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tiny_llama, tmp_path_factory.mktemp("load") / "bundle", SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def server(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[launch.Server]:
+    with launch.serving(bundle, profile="cpu", log=tmp_path_factory.mktemp("log") / "vllm.log") as running:
+        yield running
+
+
+def _counted(server: launch.Server) -> dict[str, float]:
+    return smoke.read_counters(httpx.get(f"{server.base_url}/metrics", trust_env=False, timeout=60).text)
+
+
+def _chat(**more: Any) -> dict[str, Any]:
+    return {"model": "tiny", "messages": [{"role": "user", "content": "Go on."}], "ignore_eos": True} | more
+
+
+def _eventually(true: Callable[[], bool], patience_s: float = 60) -> bool:
+    end_s = time.monotonic() + patience_s
+    while not true():
+        if time.monotonic() > end_s:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_who_goes_away_frees_the_cache(server: launch.Server) -> None:
+    """Long before the answer would have been whole; of the others none is touched."""
+    before = _counted(server)["vllm:generation_tokens_total"]
+    body = _chat(max_tokens=1800, n=4, temperature=1.0, stream=True)
+    with (
+        httpx.Client(base_url=server.base_url, trust_env=False, timeout=300) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as response,
+    ):
+        lines = response.raise_for_status().iter_lines()  # kept: with it the connection is closed
+        next(lines)
+        assert _eventually(lambda: _counted(server)["vllm:kv_cache_usage_perc"] > 0)
+    idle = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    assert _eventually(lambda: not any(_counted(server)[name] for name in idle)), _counted(server)
+    assert 0 < _counted(server)["vllm:generation_tokens_total"] - before < 4 * 1800
+    answer = httpx.post(
+        f"{server.base_url}/v1/chat/completions", json=_chat(max_tokens=4), trust_env=False, timeout=300
+    )
+    assert answer.json()["usage"]["completion_tokens"] == 4
+
+
+def test_past_its_queue_it_says_503_at_once(server: launch.Server) -> None:
+    with httpx.Client(base_url=server.base_url, trust_env=False, timeout=300) as client:
+        streams = []
+        try:
+            for _ in range(8):
+                request = client.build_request("POST", "/v1/chat/completions", json=_chat(max_tokens=1800, stream=True))
+                streams.append(client.send(request, stream=True))
+            begin_s = time.monotonic()
+            refused = client.post("/v1/chat/completions", json=_chat(max_tokens=4))
+            assert refused.status_code == 503 and time.monotonic() - begin_s < 10
+            assert refused.json()["error"]["code"] == 503
+        finally:
+            for stream in streams:
+                stream.close()
+        assert [stream.status_code for stream in streams] == [200] * 8
+        assert _eventually(lambda: not _counted(server)["vllm:num_requests_running"])
+
+
+def test_twice_the_load_it_takes_is_answered_or_refused(bundle: Path, tmp_path: Path) -> None:
+    found = soak.soak_bundle(bundle, tmp_path / "vllm.log", seconds=40, measured_s=10)
+    # memory says nothing in so short a time: buffers still grow to what such a load takes
+    assert soak.faults(found, refused_within_s=5.0, growth=1.0) == [], json.dumps(
+        found | {"samples": found["samples"][-1:]}
+    )
