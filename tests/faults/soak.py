@@ -4,8 +4,8 @@
 
 What it takes is measured first: as many requests at once as it runs at once, each followed by the next. Then requests
 come at twice that rate whether or not others are answered (a Poisson process), of which some go away in the middle of
-their answer. A request ends well with an answer that is whole, with 503 at once (or, where vLLM had sent the headers, as
-the first event of the stream), or by its own going away.
+their answer. A request ends well with an answer that is whole, with 503 at once (as the first event of the stream where
+vLLM had sent the headers), or by its own going away.
 """
 
 import argparse
