@@ -1,6 +1,9 @@
 """The real server with more to do than it can, and with clients that go away: the short form of faults/soak.py."""
 
 import json
+import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -84,6 +87,25 @@ def test_past_its_queue_it_says_503_at_once(server: launch.Server) -> None:
                 stream.close()
         assert [stream.status_code for stream in streams] == [200] * 8
         assert _eventually(lambda: not _counted(server)["vllm:num_requests_running"])
+
+
+@pytest.mark.parametrize("probe", [False, True])
+@pytest.mark.parametrize("file", ["draft/model.safetensors", "target/model.safetensors"])
+def test_a_bundle_damaged_after_it_was_made_is_not_started(
+    bundle: Path, tmp_path: Path, file: str, probe: bool
+) -> None:
+    damaged = shutil.copytree(bundle, tmp_path / "bundle")
+    with (damaged / file).open("r+b") as stream:
+        stream.seek(-2, 2)
+        byte = stream.read(1)
+        stream.seek(-2, 2)
+        stream.write(bytes([byte[0] ^ 1]))
+    command = [sys.executable, "-m", "quantkit.cli", "serve", "up", str(damaged), "--log", str(tmp_path / "log")]
+    run = subprocess.run(
+        [*command, *(["--probe"] if probe else [])], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 2 and f"is not started, SHA256SUMS: {file} has changed" in run.stderr.replace("\n", " ")
+    assert not (tmp_path / "log").exists()  # of vLLM
 
 
 def test_twice_the_load_it_takes_is_answered_or_refused(bundle: Path, tmp_path: Path) -> None:
