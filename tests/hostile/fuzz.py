@@ -142,6 +142,7 @@ def run(name: str, first: int, count: int, seed: int, folder: Path, found: Any) 
 
 def fuzz(name: str, first: int, count: int, seed: int, scratch: Path) -> dict[str, Any]:
     """Inputs of a format in a process of its own; what came of them, a hole or the signal that ended it among it."""
+    scratch.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="hostile-", dir=scratch))
     context = multiprocessing.get_context("fork")  # what it reads with is imported once: that takes ten seconds
     with context.Manager() as manager:
