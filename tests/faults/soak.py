@@ -33,7 +33,7 @@ REFUSAL = "raise QueueOverflowError"  # in the traceback that vLLM writes of one
 KEY_VARIABLE = "VLLM_API_KEY"
 AWAY = 0.1  # of the requests go away while they are answered
 TOKENS = (16, 96)  # of an answer, from and to; of a prompt three times as many words
-PATIENCE_S = 300.0  # for one request: past that it hangs
+PATIENCE_S = 600.0  # for one request: past that it hangs
 _WORDS = (
     "the",
     "harbour",
