@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import click
 
-_COLLECTIVES = ("all_reduce", "broadcast", "barrier", "broadcast_object_list")
+_COLLECTIVES = ("all_reduce", "broadcast", "barrier", "broadcast_object_list", "all_gather_object")
 
 
 class Spent(NamedTuple):

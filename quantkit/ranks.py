@@ -172,6 +172,15 @@ def sum_up(sums: dict[str, Tensor], count: int) -> int:
     return int(total)
 
 
+def of_all(own: Value) -> list[Value]:
+    """What each rank has, small, in their order, on every rank."""
+    if world_size() == 1:
+        return [own]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, own)
+    return found
+
+
 def collect(own: Tensor, rows: Sequence[int]) -> list[Tensor]:
     """Tensors of so many rows each, one of each rank, on rank 0 in their order; on the others nothing."""
     if rank() > 0:

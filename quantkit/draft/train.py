@@ -313,18 +313,21 @@ def _step(
 
 
 def _guesses(accelerator: Any, learner: Any, texts: Sequence[Exchange], batch_size: int) -> list[Tensor]:
-    """The draft's likeliest token at each answer token of each text."""
-    found: list[Tensor] = []
+    """The draft's likeliest token at each answer token of each text; the texts are shared out over the processes."""
+    own: dict[int, Tensor] = {}
     for begin in range(0, len(texts), batch_size):
-        part = texts[begin : begin + batch_size]
+        chosen = range(begin, min(begin + batch_size, len(texts)))
+        mine = chosen[ranks.rank() :: ranks.world_size()]
+        part = [texts[index] for index in mine or chosen[:1]]  # FSDP's processes take part in every pass
         input_ids, spans = _pad(part)
         flat = torch.arange(input_ids.numel()).view_as(input_ids)
         positions = torch.cat([flat[row, span] for row, span in enumerate(spans)])
         device = accelerator.device
         with torch.no_grad(), accelerator.autocast():
             best_N = learner(input_ids.to(device), positions.to(device)).cpu()
-        found += best_N.split([len(text.answer) for text in part])
-    return found
+        own.update(zip(mine, best_N.split([len(text.answer) for text in part]), strict=False))
+    found = {index: guess for every in ranks.of_all(own) for index, guess in every.items()}
+    return [found[index] for index in range(len(texts))]
 
 
 def _greedy(guesses: Sequence[Tensor], texts: Sequence[Exchange], k: int) -> Acceptance:
