@@ -21,7 +21,7 @@ from quantkit.evaluate import divergence
 from quantkit.evaluate.windows import of_passages
 from quantkit.offline import Session
 from quantkit.progress import silent
-from quantkit.quantize import stream
+from quantkit.quantize import layer, stream
 from quantkit.quantize.layer import Settings
 
 _PLAIN = {"drift_correction": 0.0, "output_curvature": False}
@@ -99,10 +99,13 @@ def _measure(
     for stale in (folder, made):
         shutil.rmtree(stale, ignore_errors=True)
     made.mkdir()
-    if settings.continuations:
+    written = settings.continuations
+    if written is None:
+        written = layer.usual_continuations(source.arch, windows.input_ids_ST.numel())
+    if written:
         with Session() as session:
             more = conversations.continuations(
-                session, path, windows, settings.continuations, seed=seed, folder=out / f"written-{seed}", report=silent
+                session, path, windows, written, seed=seed, folder=out / f"written-{seed}", report=silent
             )
         windows = windows._replace(input_ids_ST=torch.cat([windows.input_ids_ST, more.input_ids_ST]))
     begin_s = time.process_time()

@@ -197,18 +197,21 @@ def _natively(
     read: gives the calibration windows, and so many that the model writes for each.
     """
     from quantkit import checkpoint as checkpoints
-    from quantkit.quantize import estimate, stream
+    from quantkit.quantize import estimate, layer, stream
 
     begin_s, plan = time.monotonic(), _plan(settings)
+    written = plan.continuations
+    if written is None:
+        written = layer.usual_continuations(source.arch, calibration.samples * calibration.length)
     hardware.keep_freed_memory()
     compute = hardware.compute_dtype(device)
     needed = estimate.need(
-        source.arch, plan, samples=calibration.samples * (1 + plan.continuations), length=calibration.length,
+        source.arch, plan, samples=calibration.samples * (1 + written), length=calibration.length,
         compute_bytes=compute.itemsize, speed=estimate.speed(device, compute),
     )  # fmt: skip
     report(f"needs about {needed}", 0, LINE)
     estimate.check_room(needed, work.out, memory_budget=memory_budget)
-    windows = read(plan.continuations)
+    windows = read(written)
     checkpoints.check_finite(source, lambda done, total: report("checking the weights, tensor", done, total))
     layers = work.partial / "layers"
     hand_out(stream.Order(source.path, windows, plan, layers))
@@ -224,7 +227,7 @@ def _natively(
             "wall_s": round(time.monotonic() - begin_s, 3), "peak_memory_bytes": cost["peak_memory_bytes"],
         },
         **_counted(windows),
-        "continuations": plan.continuations,
+        "continuations": written,
         "estimated": needed._asdict(),
         "method": plan.method,
         "drift_correction": plan.drift_correction,

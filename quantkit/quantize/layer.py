@@ -5,6 +5,7 @@ it. With drift correction the original layer runs beside it, on the original mod
 outputs ought to be.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from quantkit import decoder, formats, ranks
-from quantkit.architecture import INPUT_GROUPS, Architecture
+from quantkit.architecture import INPUT_GROUPS, Architecture, linear_shapes
 from quantkit.decoder import Rotation
 from quantkit.formats import Grid, QuantizedWeight, Storage
 from quantkit.quantize import kv_scales, states
@@ -36,14 +37,16 @@ class Effort(NamedTuple):
     method: str
     drift_correction: float
     output_curvature: bool
-    continuations: int
+    continuations: int | None
 
 
 EFFORTS = {
     "fast": Effort("gptq", 0.0, False, 0),
     "default": Effort("awq+gptq", 0.8, True, 0),
-    "high": Effort("awq+gptq", 0.8, True, 3),
+    "high": Effort("awq+gptq", 0.8, True, None),
 }
+ENOUGH_TOKENS = 60  # for each input of the widest linear, that `usual_continuations` makes of the calibration set
+MOST_CONTINUATIONS = 11  # they begin with a quarter of a window each: more would begin alike
 
 
 class Settings(NamedTuple):
@@ -59,7 +62,7 @@ class Settings(NamedTuple):
     shrinkage: float | None = None  # of the Gram matrix towards its diagonal; None: by the tokens an input
     drift_correction: float = 0.0  # share of the drift so far that a linear makes up for
     output_curvature: bool = False  # whether rows make up for each other's errors (`fisher`)
-    continuations: int = 0  # windows that the model writes for each calibration window, beginning with a piece of it
+    continuations: int | None = 0  # windows that the model writes for each calibration window; None: the usual number
     average_bits: float | None = None  # bits: auto, so many a weight on average; `bits` for those that get fewest
     bit_choices: tuple[int, ...] | None = None  # what `bits: auto` may give; None: all that the format stores
     ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits (`schemes`)
@@ -88,6 +91,15 @@ class Settings(NamedTuple):
     def streams(self) -> tuple[str, ...]:
         """Whose hidden states go through the layers: the quantized model's, and the original's to compare with."""
         return ("quantized", "original") if self.drift_correction else ("quantized",)
+
+
+def usual_continuations(arch: Architecture, calibration_tokens: int) -> int:
+    """How many windows the model writes for each calibration window, beginning with a piece of it.
+
+    As many as make ENOUGH_TOKENS for each input of the widest linear: past that the Gram matrix is shrunk by a sixth.
+    """
+    wanted = ENOUGH_TOKENS * max(inputs for _, inputs in linear_shapes(arch).values())
+    return min(max(math.ceil(wanted / calibration_tokens) - 1, 0), MOST_CONTINUATIONS)
 
 
 class LinearNote(NamedTuple):

@@ -14,7 +14,7 @@ from quantkit.architecture import read_architecture
 from quantkit.errors import QuantkitError
 from quantkit.quantize import estimate
 from quantkit.quantize.estimate import Need
-from quantkit.quantize.layer import Settings
+from quantkit.quantize.layer import Settings, usual_continuations
 
 SETTINGS = Settings.of(
     effort="default", format="compressed-tensors", bits=4, group_size=128, symmetric=False, act_order=True, damping=0.01
@@ -128,3 +128,11 @@ def test_time_grows_with_depth_and_tokens_and_with_effort() -> None:
     assert seconds(16, 128) == pytest.approx(2 * seconds(8, 128), rel=0.05)  # the head is there once
     assert seconds(8, 128) < seconds(8, 256) < 2 * seconds(8, 128)
     assert seconds(8, 128) > seconds(8, 128, SETTINGS._replace(output_curvature=False))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "written"),
+    [(128 * 2048, 6), (16 * 512, 11), (28672 * 60, 0), (28672 * 60 - 1, 1), (28672 * 1000, 0)],
+)
+def test_the_model_writes_as_much_as_the_widest_linear_asks_for(tokens: int, written: int) -> None:
+    assert usual_continuations(llama(80), tokens) == written
