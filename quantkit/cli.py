@@ -103,7 +103,8 @@ def main() -> None:
 def run(
     recipe: Path, out: Path, overrides: tuple[str, ...], fresh: bool, dry_run: bool, cluster: str | None
 ) -> None:  # fmt: skip
-    """All stages of RECIPE, in order; skips what is fresh, resumes what was interrupted.
+    """All stages of RECIPE, in order; skips what is fresh, resumes what was interrupted. --on goes before what RECIPE
+    says of a cluster.
 
     \b
     Example:

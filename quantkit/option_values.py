@@ -15,13 +15,12 @@ def size(context: click.Context, parameter: click.Parameter, text: str | None) -
 
 def cluster(context: click.Context, parameter: click.Parameter, text: str | None) -> str | None:
     """`ray://HOST:PORT`, `HOST:PORT` or `auto`, as Ray itself takes it."""
-    if text is None or text == "auto":
-        return text
-    scheme, _, address = text.rpartition("://")
-    host, _, port = address.rpartition(":")
-    if scheme not in ("", "ray") or not host or not port.isdigit():
-        raise click.BadParameter(f"{text!r}: write it as ray://HOST:PORT, the address that `ray start --head` printed")
-    return address
+    from quantkit.recipe import cluster_address
+
+    try:
+        return None if text is None else cluster_address(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 def count_or_all(context: click.Context, parameter: click.Parameter, text: str) -> int | str:

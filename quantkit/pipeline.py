@@ -23,12 +23,14 @@ class Step(NamedTuple):
 
 
 def plan(recipe: Recipe, out: Path, *, cluster: str | None = None) -> list[Step]:
-    """The stages of a recipe, in order; those of a run in `out`. `cluster` is where vLLM answers.
+    """The stages of a recipe, in order; those of a run in `out`. vLLM answers on `cluster`, or where the recipe says.
 
     Raises:
         QuantkitError: everything that can be seen to be wrong before any work.
     """
     _preflight(recipe, out)
+    if cluster is None and recipe.cluster is not None:
+        cluster = recipe.cluster.address
     steps = []
     if gguf.is_gguf(recipe.model):
         checkpoint = out / "checkpoint"

@@ -1,4 +1,4 @@
-"""The YAML recipe: what decides the bytes of a run, checked by pydantic before any work."""
+"""The YAML recipe: what decides the bytes of a run, checked by pydantic before any work. (`cluster`, `plan` do not.)"""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -40,6 +40,21 @@ def parse_fraction(value: object) -> object:
 def spell_no(value: object) -> object:
     """`no` of YAML is a truth value."""
     return "no" if value is False else value
+
+
+def cluster_address(text: str) -> str:
+    """`ray://HOST:PORT`, `HOST:PORT` or `auto`, as Ray itself takes it.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if text == "auto":
+        return text
+    scheme, _, address = text.rpartition("://")
+    host, _, port = address.rpartition(":")
+    if scheme not in ("", "ray") or not host or not port.isdigit():
+        raise ValueError(f"{text!r}: write it as ray://HOST:PORT, the address that `ray start --head` printed")
+    return address
 
 
 def _group_size(value: int) -> int:
@@ -299,6 +314,12 @@ class Planned(Section):
     architecture: dict[str, Any] = {}  # the model's config.json, to plan without its weights
 
 
+class Cluster(Section):
+    """Where vLLM writes and answers; decides nothing of what comes out."""
+
+    address: Annotated[str, AfterValidator(cluster_address)]  # as --on; `on` itself is a truth value of YAML
+
+
 class Recipe(Section):
     """A whole run."""
 
@@ -312,6 +333,7 @@ class Recipe(Section):
     evaluate: Evaluate
     serve: Serve = Serve()
     bench: Bench | None = None
+    cluster: Cluster | None = None  # if not given, and no --on, this machine
     plan: Planned | None = None  # decides nothing of a run
 
 

@@ -43,7 +43,8 @@ def check_ray() -> None:
     """
     if importlib.util.find_spec("ray") is None:
         raise QuantkitError(
-            "Ray is not installed: install quantkit[ray] on every machine of the cluster, or leave out --on"
+            "Ray is not installed: install quantkit[ray] on every machine of the cluster, or leave out --on and the "
+            "recipe's cluster"
         )
 
 

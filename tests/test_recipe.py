@@ -3,12 +3,15 @@
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import yaml
 
+from quantkit import option_values
 from quantkit.errors import QuantkitError
 from quantkit.recipe import Recipe, load_recipe
 
+CONTEXT, OPTION = click.Context(click.Command("run")), click.Option(["--on"])
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 MINIMAL: dict[str, Any] = {
     "name": "tiny",
@@ -63,6 +66,26 @@ def test_bits_auto_has_a_budget_and_a_choice(given: str, reason: str, tmp_path: 
         _load(tmp_path, MINIMAL, f"quantize={given}")
     chosen = _load(tmp_path, MINIMAL, "quantize={bits: auto, average_bits: 5, bit_choices: [4, 16]}").quantize
     assert chosen.bit_choices == (4, 16)
+
+
+@pytest.mark.parametrize(
+    ("given", "address"),
+    [("ray://10.0.0.1:6379", "10.0.0.1:6379"), ("10.0.0.1:6379", "10.0.0.1:6379"), ("auto", "auto")],
+)
+def test_a_cluster_is_named_as_by_the_command_line(given: str, address: str, tmp_path: Path) -> None:
+    assert _load(tmp_path, MINIMAL).cluster is None
+    cluster = _load(tmp_path, MINIMAL, f"cluster.address={given}").cluster
+    assert cluster is not None and cluster.address == address
+    assert option_values.cluster(CONTEXT, OPTION, given) == address
+    assert _load(tmp_path, MINIMAL | {"cluster": {"address": given}}, "cluster=null").cluster is None
+
+
+@pytest.mark.parametrize("given", ["10.0.0.1", "http://10.0.0.1:6379", "ray://:6379", "ray://10.0.0.1:port"])
+def test_a_cluster_without_an_address_is_refused(given: str, tmp_path: Path) -> None:
+    with pytest.raises(QuantkitError, match=r"cluster\.address: .*write it as ray://HOST:PORT"):
+        _load(tmp_path, MINIMAL | {"cluster": {"address": given}})
+    with pytest.raises(click.BadParameter, match=r"write it as ray://HOST:PORT"):
+        option_values.cluster(CONTEXT, OPTION, given)
 
 
 @pytest.mark.parametrize("draft", [{}, {"keep_layers": 2, "init": "small"}])

@@ -116,6 +116,20 @@ def test_a_second_run_finds_all_fresh_and_starts_nothing(finished: Path, recipe:
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 
 
+def test_where_vllm_answers_is_no_part_of_the_work(finished: Path, recipe: Path, quantkit: Quantkit) -> None:
+    done = quantkit("run", recipe, "--out", finished, "--dry-run", "--set", "cluster.address=10.0.0.1:6379")
+    assert dict(line.split() for line in done.stdout.splitlines()) == dict.fromkeys(FOLDERS, "fresh")
+
+
+@pytest.mark.parametrize(("on", "asked"), [((), "127.0.0.1:1"), (("--on", "ray://127.0.0.1:2"), "127.0.0.1:2")])
+def test_vllm_answers_where_the_recipe_says_or_the_command(
+    on: tuple[str, ...], asked: str, recipe: Path, quantkit: Quantkit, tmp_path: Path
+) -> None:
+    changes = ("--set", "cluster.address=ray://127.0.0.1:1", "--set", "calibration.text=[self:2]")
+    done = quantkit("run", recipe, "--out", tmp_path / "out", *changes, *on)
+    assert done.exit_code == 2 and f"no Ray cluster could be joined at '{asked}'" in done.stderr, done.stderr
+
+
 def test_a_dry_run_says_what_a_change_costs(finished: Path, recipe: Path, quantkit: Quantkit) -> None:
     done = quantkit("run", recipe, "--out", finished, "--dry-run", "--set", "serve.max_num_seqs=2")
     states = dict(line.split() for line in done.stdout.splitlines())
