@@ -9,7 +9,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from quantkit.offline import RESULTS_NAME, Request, Result
 # Requests in a Ray task: they are finished, and written, when the longest of them is. Alone in its task each would cost
 # more than a short answer does.
 _BATCH = 8
+_LOOK_EVERY_S = 2  # at the machines of the cluster
 
 
 class Engines(NamedTuple):
@@ -68,7 +70,7 @@ def run(folder: Path, address: str) -> None:
         ray.data.DataContext.get_current().enable_progress_bars = False
         dataset = ray.data.from_items([_row(each) for each in missing], override_num_blocks=-(-len(missing) // _BATCH))
         asked, ends = {request.name: request for request in missing}, _own_stop_tokens(model)
-        with (folder / RESULTS_NAME).open("a", buffering=1) as stream:
+        with _watched(engines), (folder / RESULTS_NAME).open("a", buffering=1) as stream:
             for row in processor(dataset).iter_rows():
                 request = asked.pop(row["name"], None)
                 if request is not None:  # of an engine that died Ray asks again what it had in hand
@@ -146,13 +148,20 @@ def _check_machines(model: str) -> None:
 
 def _machines() -> list[dict[str, Any]]:
     """The machines of the cluster that have what an engine runs on."""
+    found = _alive()
+    if not found:
+        raise QuantkitError(f"the Ray cluster has no {_kind()} to run vLLM on: add machines to it, or leave out --on")
+    return found
+
+
+def _alive() -> list[dict[str, Any]]:
     import ray
 
-    kind = "CPU" if vllm_environment.is_cpu_build() else "GPU"
-    found = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(kind, 0) >= 1]
-    if not found:
-        raise QuantkitError(f"the Ray cluster has no {kind} to run vLLM on: add machines to it, or leave out --on")
-    return found
+    return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get(_kind(), 0) >= 1]
+
+
+def _kind() -> str:
+    return "CPU" if vllm_environment.is_cpu_build() else "GPU"
 
 
 def _engines(num_requests: int) -> Engines:
@@ -162,6 +171,44 @@ def _engines(num_requests: int) -> Engines:
     if vllm_environment.is_cpu_build():
         return Engines(min(len(machines), most), {"CPU": max(int(min(each["CPU"] for each in machines)) // 2, 1)})
     return Engines(min(sum(int(each["GPU"]) for each in machines), most), {"GPU": 1})
+
+
+@contextmanager
+def _watched(engines: Engines) -> Iterator[None]:
+    """While the block runs, end this process with a line when machines went and the others cannot hold the engines.
+
+    An engine that dies is started again where there is room, and asked again what it had in hand. Where there is none
+    Ray would wait for a new machine, for ever.
+    """
+    asked, done = {node["NodeManagerAddress"] for node in _alive()}, threading.Event()
+
+    def look() -> None:
+        while not done.wait(_LOOK_EVERY_S):
+            left = _alive()
+            room = sum(
+                min(int(node["Resources"][kind]) // count for kind, count in engines.takes.items()) for node in left
+            )
+            lost = asked - {node["NodeManagerAddress"] for node in left}
+            if lost and room < engines.number:
+                # where a child's errors are looked for; not raised, as the main thread is waiting for the cluster
+                sys.stderr.write(f"\n{QuantkitError.__module__}.{QuantkitError.__name__}: {_gone(lost)}\n")
+                sys.stderr.flush()
+                os._exit(1)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _gone(lost: set[str]) -> str:
+    return (
+        f"Ray machine {', '.join(sorted(lost))} is gone, and the others have no room for its engines: start the same "
+        "command again; it goes on with what has no answer yet, on the machines that there are"
+    )
 
 
 def _row(request: Request) -> dict[str, Any]:

@@ -204,21 +204,20 @@ def make_bundle() -> Callable[..., Path]:
 
 
 class RayCluster(NamedTuple):
-    """A Ray cluster that a test started: where, its processes' sessions, its logs, and where it shows its metrics."""
+    """A Ray cluster that a test started: where, and of each node its processes' session, logs, and metrics."""
 
     address: str
-    session_ids: tuple[int, ...]  # of each node's processes
-    logs: Path
-    metrics_urls: tuple[str, ...]  # of each node
+    session_ids: tuple[int, ...]
+    logs: tuple[Path, ...]
+    metrics_urls: tuple[str, ...]
 
-    def processes(self, word: bytes = b"", *, node: int | None = None) -> set[int]:
-        """Its living processes, or those of one node, that have a word in their command."""
-        sessions = self.session_ids if node is None else self.session_ids[node : node + 1]
+    def processes(self, word: bytes = b"") -> set[int]:
+        """Its living processes that have a word in their command."""
         found = set()
         for path in Path("/proc").glob("[0-9]*"):
             with suppress(ProcessLookupError, FileNotFoundError):
                 command = (path / "cmdline").read_bytes()  # nothing where it has ended and nobody has asked how
-                if command and word in command and os.getsid(int(path.name)) in sessions:
+                if command and word in command and os.getsid(int(path.name)) in self.session_ids:
                     found.add(int(path.name))
         return found
 
@@ -234,12 +233,13 @@ def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Ite
         "ray-client-server-",
     )  # fmt: skip
     ports = dict(zip(names, free_ports(len(names)), strict=True))
-    folder = tempfile.mkdtemp(prefix="ray-")  # not pytest's: the names of the sockets in it must be short
+    # not pytest's: the names of the sockets in them must be short
+    folders = [tempfile.mkdtemp(prefix="ray-") for _ in hosts or [None]]
     host = hosts[0].address if hosts else "127.0.0.1"
     ray: list[object] = [Path(sys.executable).with_name("ray"), "start", "--block", "--num-cpus", num_cpus]
     ray += ["--object-store-memory", "100000000"]
     head = [
-        *ray, "--head", "--node-ip-address", host, "--include-dashboard", "false", "--temp-dir", folder,
+        *ray, "--head", "--node-ip-address", host, "--include-dashboard", "false", "--temp-dir", folders[0],
         *(f"--{name}port={port}" for name, port in ports.items()),
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
@@ -250,6 +250,7 @@ def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Ite
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         for name in ("worker_register_timeout_seconds", "raylet_start_wait_time_s"):
             patch.setenv(f"RAY_{name}", "1800")  # of a machine that is busy with other things
+        patch.setenv("RAY_worker_niceness", "0")  # at Ray's own 15 other things leave them next to nothing
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
         for name, value in environment.items():
@@ -258,21 +259,22 @@ def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Ite
         try:
             with hosts[0].inside() if hosts else nullcontext():
                 started.append(_start_ray(head))
-            for other in hosts[1:]:
+            for other, folder in zip(hosts[1:], folders[1:], strict=True):
                 node = [*ray, "--address", f"{host}:{ports['']}", "--node-ip-address", other.address]
+                node += ["--temp-dir", folder]
                 node += [f"--{name}port={ports[name]}" for name in names[1:-1]]
                 with other.inside():
                     started.append(_start_ray(node))
             yield RayCluster(
                 address=f"{host}:{ports['']}", session_ids=tuple(node.pid for node in started),
-                logs=Path(folder) / "session_latest" / "logs",
+                logs=tuple(Path(folder) / "session_latest" / "logs" for folder in folders),
                 metrics_urls=tuple(
                     f"http://{each}:{ports['metrics-export-']}/metrics"
                     for each in (host, *(other.address for other in hosts[1:]))
                 ),
             )  # fmt: skip
         finally:
-            cluster = RayCluster("", tuple(node.pid for node in started), Path(folder), ())
+            cluster = RayCluster("", tuple(node.pid for node in started), (), ())
             while left := cluster.processes():  # asked to end by itself it takes a minute
                 for process in left:
                     with suppress(ProcessLookupError):
@@ -281,7 +283,8 @@ def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Ite
                 each.wait()
                 assert each.stdout is not None
                 each.stdout.close()
-            shutil.rmtree(folder)
+            for folder in folders:
+                shutil.rmtree(folder)
 
 
 def _start_ray(command: Sequence[object]) -> "subprocess.Popen[str]":

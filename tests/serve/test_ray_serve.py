@@ -1,35 +1,21 @@
 """Ray Serve LLM on a bundle: what is asked of vLLM, and, on a real cluster, who gets the next request."""
 
-import os
-import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import yaml
-from prometheus_client.parser import text_string_to_metric_families
 
 from quantkit import vllm_environment
 from quantkit.serve import ray_serve
-from quantkit.serve.settings import ServeSettings
+from tests.serve.ray_serving import PATIENCE_S, SETTINGS, ask, by_replica, serving, wait
 
-PATIENCE_S = 600  # of a machine that is busy with other things
 MakeBundle = Callable[..., Path]
-SETTINGS = ServeSettings(
-    served_model_name="tiny", max_model_len=8192, max_num_seqs=4, max_num_batched_tokens=8192,
-    kv_cache_memory_bytes=24 << 20, num_speculative_tokens=2,
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -77,75 +63,6 @@ def cluster(start_ray: Callable[..., AbstractContextManager[Any]]) -> Iterator[A
         num_cpus=5, OMP_NUM_THREADS="1", PYTHONPATH=str(metadata or ""), RAY_metrics_report_interval_ms="1000"
     ) as started:
         yield started
-
-
-@contextmanager
-def serving(cluster: Any, bundle: Path, file: str, server: str) -> Iterator[httpx.Client]:
-    """`serve run` on one of the files, made for a CPU, from when both replicas are there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    settings = SETTINGS.model_copy(update={"port": port})
-    here = bundle.parent / "serve.yaml"
-    here.write_text(ray_serve.text(settings, file, "cpu").replace(ray_serve.PLACE, str(bundle)))
-    log = bundle.parent / f"{server}.log"
-    # Serve ends, and gives up its port, with who hears SIGINT; what was started in the background may not.
-    command = ["env", "--default-signal=INT", Path(sys.executable).with_name("serve"), "run", here, "--address",
-               cluster.address]  # fmt: skip
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            [str(word) for word in command], stdout=stream, stderr=stream, start_new_session=True
-        )  # fmt: skip
-
-    def started() -> bool:
-        assert process.poll() is None, log.read_text()[-3000:]
-        said = "".join(path.read_text() for path in (cluster.logs / "serve").glob("controller_*.log"))
-        return len(re.findall(rf"deployment='{server}:tiny', .*started successfully", said)) == 2
-
-    def answers() -> bool:  # Serve's proxy may come after the replicas
-        with suppress(httpx.TransportError):
-            return client.get("/v1/models").status_code == 200
-        return False
-
-    try:
-        wait(started)
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=PATIENCE_S) as client:
-            wait(answers)
-            yield client
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        try:
-            process.wait(PATIENCE_S)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def ask(client: httpx.Client, content: str, max_tokens: int = 4) -> str:
-    asked = {"model": "tiny", "temperature": 0, "max_tokens": max_tokens, "ignore_eos": True,
-             "messages": [{"role": "user", "content": content}]}  # fmt: skip
-    answer = client.post("/v1/chat/completions", json=asked)
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["usage"]["completion_tokens"] == max_tokens
-    return str(answer.json()["choices"][0]["message"]["content"])
-
-
-def by_replica(cluster: Any, metric: str) -> Counter[str]:
-    """A metric of vLLM by replica, as Ray shows it."""
-    text = httpx.get(cluster.metrics_urls[0], trust_env=False, timeout=PATIENCE_S).text
-    found: Counter[str] = Counter()
-    for family in text_string_to_metric_families(text):
-        for sample in family.samples:
-            if sample.name == f"ray_vllm_{metric}":
-                found[sample.labels["ReplicaId"]] += sample.value
-    return found
-
-
-def wait(true: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < end_s
-        time.sleep(0.5)
 
 
 @pytest.mark.vllm
