@@ -20,7 +20,7 @@ def quantize(
     quantkit = str(Path(sys.executable).with_name("quantkit"))
     command = [
         *launcher, quantkit, "quantize", model, "--out", out, "--calibration", text, "--samples", "5", "--length", "64",
-        "--group-size", "32", "--effort", effort,
+        "--group-size", "32", "--effort", effort, *(("--continuations", "3") if effort == "high" else ()),
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, timeout=900)
@@ -35,7 +35,11 @@ TORCHRUN = (
 @pytest.mark.vllm
 @pytest.mark.parametrize("effort", ["default", "high"])
 def test_two_ranks_make_what_one_makes(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path, effort: str) -> None:
-    """The first layer's weights, but for a few; in later ones scales follow what was tipped there, to the same KL."""
+    """The first layer's weights, but for a few; in later ones scales follow what was tipped there, to the same KL.
+
+    The more windows, the less is the Gram matrix shrunk, and the further does one tipped weight tip others: with eleven
+    continuations for each, 3.7 % of a linear of this random model.
+    """
     read = tokens.tokenize([str(texts[1])], tokens.load_tokenizer(tiny_llama), samples=32, length=64, seed=0)
     held_out, kl, made = windows.of_passages(read), [], []
     for name, launcher in (("one", ()), ("two", TORCHRUN)):
