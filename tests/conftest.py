@@ -248,8 +248,10 @@ def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Ite
         # Ray's switch for what stays on the loopback address
         patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "1" if hosts else "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        for name in ("worker_register_timeout_seconds", "raylet_start_wait_time_s"):
-            patch.setenv(f"RAY_{name}", "1800")  # of a machine that is busy with other things
+        # of a machine that is busy with other things
+        patch.setenv("RAY_worker_register_timeout_seconds", "1800")
+        patch.setenv("RAY_agent_register_timeout_ms", "1800000")
+        patch.setenv("RAY_raylet_start_wait_time_s", "240")  # it waits for one that has died, too
         patch.setenv("RAY_worker_niceness", "0")  # at Ray's own 15 other things leave them next to nothing
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
@@ -288,18 +290,22 @@ def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Ite
 
 
 def _start_ray(command: Sequence[object]) -> "subprocess.Popen[str]":
-    """A node of a cluster, from when it has joined."""
-    node = subprocess.Popen(
-        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    assert node.stdout is not None
+    """A node of a cluster, from when it has joined: on a busy machine one may give up before its agents are there."""
     said = []
-    for line in node.stdout:
-        said.append(line)
-        if "block forever" in line:
-            return node
-    os.killpg(node.pid, signal.SIGKILL)
+    for _ in range(4):
+        node = subprocess.Popen(
+            [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        assert node.stdout is not None
+        for line in node.stdout:
+            said.append(line)
+            if "block forever" in line:
+                return node
+        with suppress(ProcessLookupError):
+            os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+        node.stdout.close()
     raise AssertionError("".join(said))
 
 

@@ -45,6 +45,8 @@ def text(settings: ServeSettings, file: str, profile: Profile = "gpu") -> str:
             "num_replicas": settings.replicas,
             # Beyond these Ray holds requests back, where each can still go to any replica.
             "max_ongoing_requests": settings.max_num_seqs,
+            # Until three of them have failed, a replica whose engine alone has died may still be sent requests.
+            "health_check_period_s": 2,
             "request_router_config": {"request_router_class": _ROUTERS[file], "request_routing_stats_period_s": 1},
         },
     }  # fmt: skip
