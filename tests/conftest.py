@@ -252,7 +252,8 @@ def _ray(*, num_cpus: int, hosts: Sequence[Any] = (), **environment: str) -> Ite
         patch.setenv("RAY_worker_register_timeout_seconds", "1800")
         patch.setenv("RAY_agent_register_timeout_ms", "1800000")
         patch.setenv("RAY_raylet_start_wait_time_s", "240")  # it waits for one that has died, too
-        patch.setenv("RAY_worker_niceness", "0")  # at Ray's own 15 other things leave them next to nothing
+        if hosts:  # twice the processes: at Ray's own niceness, 15, other things leave them next to nothing
+            patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_AUTH_MODE", "token")
         patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(16))
         for name, value in environment.items():
