@@ -99,10 +99,7 @@ def _measure(
     for stale in (folder, made):
         shutil.rmtree(stale, ignore_errors=True)
     made.mkdir()
-    written = settings.continuations
-    if written is None:
-        written = layer.usual_continuations(source.arch, windows.input_ids_ST.numel())
-    if written:
+    if written := layer.continuations(settings, source.arch, windows.input_ids_ST.numel()):
         with Session() as session:
             more = conversations.continuations(
                 session, path, windows, written, seed=seed, folder=out / f"written-{seed}", report=silent

@@ -200,9 +200,7 @@ def _natively(
     from quantkit.quantize import estimate, layer, stream
 
     begin_s, plan = time.monotonic(), _plan(settings)
-    written = plan.continuations
-    if written is None:
-        written = layer.usual_continuations(source.arch, calibration.samples * calibration.length)
+    written = layer.continuations(plan, source.arch, calibration.samples * calibration.length)
     hardware.keep_freed_memory()
     compute = hardware.compute_dtype(device)
     needed = estimate.need(

@@ -331,12 +331,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Quick tests first, those that start vLLM after them, the quickstart last: what fails, fails early.
 
     Where processes share them out (`-n 2`) it is the other way round, so that none is left with the longest at the end.
-    Slow ones, which fetch an engine's packages, run where they are asked for: `-m slow`.
+    Slow ones run where they are asked for: `-m slow`.
     """
     if "slow" not in config.option.markexpr:
         for item in items:
             if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="fetches gigabytes: ask for it by -m slow"))
+                item.add_marker(pytest.mark.skip(reason="slow: ask for it by -m slow"))
     items.sort(
         key=lambda item: 2 * ("quickstart" in item.keywords) + ("vllm" in item.keywords),
         reverse=hasattr(config, "workerinput"),

@@ -2,13 +2,11 @@
 
 from torch import Tensor
 
-STEP = 192  # columns of a Gram matrix that are computed at once, at the least
-
 
 def add_gram(gram_II: Tensor, x_NI: Tensor) -> None:
-    """Add X^T X to the blocks on and above the diagonal, in place: half of the products, and a little. See `mirror`."""
+    """Add X^T X to the blocks on and above the diagonal, in place: five eighths of the products. See `mirror`."""
     width = x_NI.shape[1]
-    step = max(STEP, -(-width // 16))
+    step = max(-(-width // 4), 1)
     for begin in range(0, width, step):
         gram_II[begin : begin + step, begin:].addmm_(x_NI[:, begin : begin + step].T, x_NI[:, begin:])
 

@@ -45,7 +45,7 @@ EFFORTS = {
     "default": Effort("awq+gptq", 0.8, True, 0),
     "high": Effort("awq+gptq", 0.8, True, None),
 }
-ENOUGH_TOKENS = 60  # for each input of the widest linear, that `usual_continuations` makes of the calibration set
+ENOUGH_TOKENS = 60  # for each input of the widest linear, that `continuations` makes of the calibration set
 MOST_CONTINUATIONS = 11  # they begin with a quarter of a window each: more would begin alike
 
 
@@ -93,11 +93,14 @@ class Settings(NamedTuple):
         return ("quantized", "original") if self.drift_correction else ("quantized",)
 
 
-def usual_continuations(arch: Architecture, calibration_tokens: int) -> int:
+def continuations(settings: Settings, arch: Architecture, calibration_tokens: int) -> int:
     """How many windows the model writes for each calibration window, beginning with a piece of it.
 
-    As many as make ENOUGH_TOKENS for each input of the widest linear: past that the Gram matrix is shrunk by a sixth.
+    What the settings say; else as many as make ENOUGH_TOKENS for each input of the widest linear, with which its Gram
+    matrix is shrunk by a sixth.
     """
+    if settings.continuations is not None:
+        return settings.continuations
     wanted = ENOUGH_TOKENS * max(inputs for _, inputs in linear_shapes(arch).values())
     return min(max(math.ceil(wanted / calibration_tokens) - 1, 0), MOST_CONTINUATIONS)
 
@@ -106,9 +109,7 @@ class LinearNote(NamedTuple):
     """What became of one linear; goes into the manifest."""
 
     linear: str
-    relative_error: (
-        float  # |(W' - Q) X|^2 / |W' X|^2 over the calibration inputs, W' what was to be rounded; of some rows
-    )
+    relative_error: float  # |(W' - Q) X|^2 / |W' X|^2 for calibration inputs X, some rows of W', what was to be rounded
     dead_inputs: int
     damping: float  # 0 where the method needs none
     scale_gain: float | None  # what the scale of its inputs leaves of the error that it is judged by; None: no scale

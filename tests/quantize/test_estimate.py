@@ -14,11 +14,12 @@ from quantkit.architecture import read_architecture
 from quantkit.errors import QuantkitError
 from quantkit.quantize import estimate
 from quantkit.quantize.estimate import Need
-from quantkit.quantize.layer import Settings, usual_continuations
+from quantkit.quantize.layer import Settings, continuations
 
-SETTINGS = Settings.of(
-    effort="default", format="compressed-tensors", bits=4, group_size=128, symmetric=False, act_order=True, damping=0.01
-)
+SCHEME: dict[str, Any] = {
+    "format": "compressed-tensors", "bits": 4, "group_size": 128, "symmetric": False, "act_order": True, "damping": 0.01
+}  # fmt: skip
+SETTINGS = Settings.of(effort="default", **SCHEME)
 
 
 def llama(layers: int, **changes: Any) -> Any:
@@ -135,4 +136,6 @@ def test_time_grows_with_depth_and_tokens_and_with_effort() -> None:
     [(128 * 2048, 6), (16 * 512, 11), (28672 * 60, 0), (28672 * 60 - 1, 1), (28672 * 1000, 0)],
 )
 def test_the_model_writes_as_much_as_the_widest_linear_asks_for(tokens: int, written: int) -> None:
-    assert usual_continuations(llama(80), tokens) == written
+    settings = Settings.of(effort="high", **SCHEME)
+    assert continuations(settings, llama(80), tokens) == written
+    assert continuations(settings._replace(continuations=2), llama(80), tokens) == 2
