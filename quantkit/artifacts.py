@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, NonNegativeInt, StringConstraints
 from safetensors import SafetensorError
 
 from quantkit import __version__, foreign, provenance
@@ -24,6 +24,13 @@ _FULL_BYTES = 1 << 20  # no more free, and the disk is the cause of whatever fai
 _EMPTYING = "is being emptied"  # instead of a key; what a kill then leaves is emptied again, never gone on with
 
 Kind = Literal["checkpoint", "tokens", "quantized", "answers", "draft", "report", "bundle", "served", "bench"]
+
+
+def _inside(name: str) -> str:
+    """The name of a file of an artefact, where it is one: a path that stays in its folder."""
+    if not all(map(foreign.is_name, name.split("/"))):
+        raise ValueError("is no name of a file in the folder")
+    return name
 
 
 class FileRecord(BaseModel):
@@ -47,7 +54,7 @@ class Manifest(BaseModel):
     inputs: dict[str, str]
     settings: dict[str, Any]
     results: dict[str, Any]
-    files: dict[str, FileRecord]
+    files: dict[Annotated[str, AfterValidator(_inside)], FileRecord]
     versions: dict[str, str]
     machine: dict[str, Any]
     cost: dict[str, float | int]

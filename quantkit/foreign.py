@@ -15,9 +15,17 @@ from quantkit.errors import QuantkitError, one_line, raise_all
 JSON_BYTES = 16 << 20  # in memory twenty times that at worst; the index of a model of 400B takes 0.1 MB
 YAML_BYTES = 1 << 20  # which takes seconds to read
 _DEPTH = 64  # of what stands inside one another; whoever walks the values calls itself as often
+_NAME_BYTES = 255  # on every file system of Linux
 _HUB_BLOBS = "blobs"  # where the Hub's cache holds what the links of its snapshots lead to
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
+
+
+def is_name(text: str) -> bool:
+    """Whether it can be the name of a file, and of one in the folder that it is looked for in."""
+    if not text.isprintable() or len(text.encode()) > _NAME_BYTES:
+        return False
+    return text not in ("", ".", "..") and "/" not in text
 
 
 def regular(path: Path, *, within: Path | None = None) -> None:

@@ -1,6 +1,6 @@
 """Which tensors are in which file of a checkpoint, of which type and shape? By what index and headers say."""
 
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError, safe_open
@@ -12,7 +12,6 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 _HEADER_BYTES = 32 << 20  # the largest that is read; one of 300 tensors takes 30 KB
 _AGAIN = "download it again"
-_NAME_BYTES = 255  # of a file name, on every file system of Linux
 
 Header = dict[str, tuple[str, tuple[int, ...]]]  # tensor -> safetensors' word for its type, its shape
 
@@ -32,12 +31,10 @@ def weight_map(checkpoint: Path) -> dict[str, Path]:
     index = checkpoint / INDEX_NAME
     read = foreign.json_model(index, _Index, remedy="no readable weight_map: get the file again", within=checkpoint)
     for file in sorted(set(read.weight_map.values())):
-        if not file.isprintable() or len(file.encode()) > _NAME_BYTES:
-            raise QuantkitError(f"{index}: {one_line(repr(file))[:200]} is no file name: get the file again")
-        if PurePosixPath(file).name != file or file in ("", ".", ".."):
+        if not foreign.is_name(file):
             raise QuantkitError(
-                f"{index}: {one_line(repr(file))[:200]} points outside the checkpoint: a shard is a file name, "
-                "nothing else"
+                f"{index}: {one_line(repr(file))[:200]} is no name of a file in the checkpoint's folder: "
+                "get the file again"
             )
     return {name: checkpoint / file for name, file in read.weight_map.items()}
 

@@ -71,7 +71,7 @@ _DAMAGES: dict[str, tuple[Damage, str]] = {
     "config is no JSON": (lambda path: (path / "config.json").write_text("{"), "is not JSON"),
     "no config": (lambda path: (path / "config.json").unlink(), "has no config.json"),
     "index is no JSON": (lambda path: (path / INDEX_NAME).write_text("[]"), "no readable weight_map"),
-    "shard outside": (_escape, "points outside the checkpoint"),
+    "shard outside": (_escape, "is no name of a file"),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantkit import foreign, headers
+from quantkit import artifacts, foreign, headers
 from quantkit import gguf as gguf_files
 from quantkit.architecture import read_architecture
 from quantkit.checkpoint import open_checkpoint
@@ -27,8 +27,19 @@ _WITHIN = 6 << 30  # bytes of addresses; what is imported has mapped 4 GiB of th
 )
 def test_a_weight_map_leads_nowhere_else(tmp_path: Path, shard: str) -> None:
     (tmp_path / headers.INDEX_NAME).write_text(json.dumps({"weight_map": {"a": shard}}))
-    with pytest.raises(QuantkitError, match=r"points outside the checkpoint|is no file name"):
+    with pytest.raises(QuantkitError, match="is no name of a file in the checkpoint's folder"):
         headers.weight_map(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../weights", "/etc/passwd", "a//b", "", "a\0b", "a/" + "x" * 5000, "\x1b[31m"])
+def test_a_manifest_names_files_of_its_own_folder(tmp_path: Path, name: str) -> None:
+    with artifacts.making(tmp_path / "made", "quantized", inputs={}, settings={}):
+        artifacts.write_text(tmp_path / "made/weights", "x")
+    path = tmp_path / "made" / artifacts.MANIFEST_NAME
+    manifest = json.loads(path.read_bytes())
+    path.write_text(json.dumps(manifest | {"files": {name: manifest["files"]["weights"]}}))
+    with pytest.raises(QuantkitError, match="is no name of a file in the folder"):
+        artifacts.read_manifest(tmp_path / "made")
 
 
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
