@@ -105,6 +105,7 @@ class Quantize(Section):
     drift_correction: Annotated[float, Field(ge=0, le=1)] | None = None  # the effort's
     output_curvature: bool | None = None  # the effort's
     continuations: Annotated[int, Field(ge=0)] | None = None  # the effort's; written by the model, for each window
+    rounds: Annotated[int, Field(ge=0)] | None = None  # the effort's; of coordinate descent after GPTQ
     format: FormatName | None = None  # the engine's: compressed-tensors for the native one
     bits: Literal[4, 8, "auto"] = 4
     average_bits: Annotated[float, Field(ge=4, le=16)] | None = None  # with bits auto

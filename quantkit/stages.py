@@ -231,6 +231,7 @@ def _natively(
         "drift_correction": plan.drift_correction,
         "output_curvature": plan.output_curvature,
         "shrinkage": plan.shrinkage,
+        "rounds": plan.rounds,
         "allocation": stream.allocation(layers),
         "special": {name: storage and storage._asdict() for name, storage in special.items()},  # null: 16 bits
         "linears": [note._asdict() for note in notes],

@@ -127,7 +127,7 @@ def _seconds(arch: Architecture, settings: Settings, tokens: int, speed: Speed) 
     done = duration.quantizing(
         arch, tokens, streams=len(settings.streams), drift=settings.drift_correction > 0,
         curvature=_curvature(arch) if settings.output_curvature or settings.average_bits else 0,
-        seen=min(tokens, fisher.MAX_TOKENS),
+        seen=min(tokens, fisher.MAX_TOKENS), rounds=settings.rounds,
     )  # fmt: skip
     return 1.5 * (done.compute / speed.compute + (done.float32 + done.everywhere) / speed.float32)
 

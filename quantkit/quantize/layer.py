@@ -19,6 +19,7 @@ from quantkit.decoder import Rotation
 from quantkit.formats import Grid, QuantizedWeight, Storage
 from quantkit.quantize import kv_scales, states
 from quantkit.quantize.awq import awq, search_scale
+from quantkit.quantize.descent import descend
 from quantkit.quantize.drift import target_weight
 from quantkit.quantize.fisher import Curvature
 from quantkit.quantize.gptq import gptq
@@ -38,12 +39,13 @@ class Effort(NamedTuple):
     drift_correction: float
     output_curvature: bool
     continuations: int | None
+    rounds: int
 
 
 EFFORTS = {
-    "fast": Effort("gptq", 0.0, False, 0),
-    "default": Effort("awq+gptq", 0.8, True, 0),
-    "high": Effort("awq+gptq", 0.8, True, None),
+    "fast": Effort("gptq", 0.0, False, 0, 0),
+    "default": Effort("awq+gptq", 0.8, True, 0, 0),
+    "high": Effort("awq+gptq", 0.8, True, None, 5),
 }
 ENOUGH_TOKENS = 60  # for each input of the widest linear, that `continuations` makes of the calibration set
 MOST_CONTINUATIONS = 11  # they begin with a quarter of a window each: more would begin alike
@@ -63,6 +65,7 @@ class Settings(NamedTuple):
     drift_correction: float = 0.0  # share of the drift so far that a linear makes up for
     output_curvature: bool = False  # whether rows make up for each other's errors (`fisher`)
     continuations: int | None = 0  # windows that the model writes for each calibration window; None: the usual number
+    rounds: int = 0  # of coordinate descent over GPTQ's integers and their scales (`descent`)
     average_bits: float | None = None  # bits: auto, so many a weight on average; `bits` for those that get fewest
     bit_choices: tuple[int, ...] | None = None  # what `bits: auto` may give; None: all that the format stores
     ignore: tuple[str, ...] = ()  # patterns of linears left in 16 bits (`schemes`)
@@ -392,12 +395,15 @@ def _choose(
     bits, symmetric, group_size = settings.bits, settings.symmetric, _group_size(settings, weight_OI.shape[1])
     if settings.method == "awq":
         return awq(weight_OI, gram_II, bits=bits, group_size=group_size, symmetric=symmetric), 0.0
+    gram_II = shrunk(gram_II, shrinkage)
     result = gptq(
-        weight_OI, shrunk(gram_II, shrinkage), bits=bits, group_size=group_size, symmetric=symmetric,
-        act_order=settings.act_order, damping=settings.damping,
-        output_hessians=curvature,
+        weight_OI, gram_II, bits=bits, group_size=group_size, symmetric=symmetric, act_order=settings.act_order,
+        damping=settings.damping, output_hessians=curvature,
     )  # fmt: skip
-    return result.quantized, result.damping
+    quantized = result.quantized
+    if settings.rounds:
+        quantized = descend(weight_OI, quantized, gram_II, curvature, damping=result.damping, rounds=settings.rounds)
+    return quantized, result.damping
 
 
 def _by_row(weight_OI: Tensor, curvature: Sequence[Tensor]) -> Tensor:
