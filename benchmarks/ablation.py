@@ -24,6 +24,7 @@ from quantkit.progress import silent
 from quantkit.quantize import layer, stream
 from quantkit.quantize.layer import Settings
 
+_DEFAULT = "scaled inputs, GPTQ, drift, shrunk, outputs' curvature (default)"
 _PLAIN = {"drift_correction": 0.0, "output_curvature": False}
 ROWS: dict[str, dict[str, Any]] = {
     "GPTQ": {"effort": "fast", "shrinkage": 0.0},
@@ -32,8 +33,10 @@ ROWS: dict[str, dict[str, Any]] = {
     "scaled inputs, GPTQ, shrunk": {"effort": "default", **_PLAIN},
     "scaled inputs, GPTQ, drift": {"effort": "default", "shrinkage": 0.0, "output_curvature": False},
     "scaled inputs, GPTQ, drift, shrunk": {"effort": "default", "output_curvature": False},
-    "scaled inputs, GPTQ, drift, shrunk, outputs' curvature (default)": {"effort": "default"},
-    "default, and what the model reads on (high)": {"effort": "high"},
+    _DEFAULT: {"effort": "default"},
+    "default, and integers and scales gone over again": {"effort": "default", "rounds": 5},
+    "default, and what the model reads on": {"effort": "high", "rounds": 0},
+    "default, both (high)": {"effort": "high"},
 }
 BEFORE = {  # what a row is compared with: the row without the part that it adds
     "GPTQ, shrunk (fast)": "GPTQ",
@@ -41,8 +44,10 @@ BEFORE = {  # what a row is compared with: the row without the part that it adds
     "scaled inputs, GPTQ, shrunk": "scaled inputs, GPTQ",
     "scaled inputs, GPTQ, drift": "scaled inputs, GPTQ",
     "scaled inputs, GPTQ, drift, shrunk": "scaled inputs, GPTQ, drift",
-    "scaled inputs, GPTQ, drift, shrunk, outputs' curvature (default)": "scaled inputs, GPTQ, drift, shrunk",
-    "default, and what the model reads on (high)": "scaled inputs, GPTQ, drift, shrunk, outputs' curvature (default)",
+    _DEFAULT: "scaled inputs, GPTQ, drift, shrunk",
+    "default, and integers and scales gone over again": _DEFAULT,
+    "default, and what the model reads on": _DEFAULT,
+    "default, both (high)": "default, and what the model reads on",
 }
 
 

@@ -30,6 +30,7 @@ _FORBIDDEN = (
     "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn", "pickle.find_class", "socket.connect",
     "ctypes.dlopen", "code.__new__",
 )  # fmt: skip
+_OUR_TOOLS = {"quantkit.chat_template_worker", str(Path(sys.executable).with_name("check-jsonschema"))}  # are started
 _OUR_OWN = (sys.prefix, sys.base_prefix, Path(__file__).parents[2])
 _READ_ONLY = tuple(str(Path(p).resolve()) for p in (*_OUR_OWN, "/usr", "/etc/ssl", "/proc", "/sys", "/dev/null"))
 
@@ -48,8 +49,7 @@ class Watch:
     def _hook(self, event: str, args: tuple[Any, ...]) -> None:
         if not self.on or self.seen:
             return
-        started = event == "subprocess.Popen" and "quantkit.chat_template_worker" not in args[1]
-        if started or event in _FORBIDDEN:
+        if (event == "subprocess.Popen" and not _OUR_TOOLS & {*map(str, args[1])}) or event in _FORBIDDEN:
             self.seen = f"{event} {args!r:.200}"
         elif event == "open" and isinstance(args[0], str | bytes):
             path, flags = os.path.realpath(os.fsdecode(args[0])), args[2] or 0

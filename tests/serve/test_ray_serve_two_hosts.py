@@ -47,6 +47,7 @@ def cluster(hosts: Hosts, start_ray: Callable[..., AbstractContextManager[Any]])
         yield started
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.timeout(6 * PATIENCE_S)
 def test_a_killed_replica_takes_what_it_had_in_hand_and_nothing_else(
