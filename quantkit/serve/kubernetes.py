@@ -8,13 +8,13 @@ names the image by digest (`k8s/site.example`): no digest stands here that nobod
 import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from quantkit import vllm_environment
+from quantkit import foreign, vllm_environment
 from quantkit.serve import rendering
 from quantkit.serve.compose import VLLM_FLOOR
 from quantkit.serve.settings import CONFIG_FILES, ServeSettings
@@ -98,7 +98,8 @@ def files(settings: ServeSettings, record: Mapping[str, Any]) -> dict[str, str]:
 
 def checks(bundle: Path) -> list[Check]:
     """Each pod is held tight and reads its key from a Secret that is not here; and what kustomize says."""
-    problems, folders = [], sorted(path.parent for path in (bundle / FOLDER).glob("*/kustomization.yaml"))
+    every = sorted(path.parent for path in (bundle / FOLDER).glob("*/kustomization.yaml"))
+    problems, folders = [], [folder for folder in every if folder.name != "site.example"]
     if not folders:
         problems.append(f"{FOLDER}/ is missing: build the bundle again")
     try:
@@ -106,17 +107,38 @@ def checks(bundle: Path) -> list[Check]:
             text = path.read_text(encoding="utf-8")
             where = path.relative_to(bundle).as_posix()
             problems += [f"{where}: {line}" for found in yaml.safe_load_all(text) for line in _problems(found)]
+        strangers = [line for folder in folders for line in _led_out(folder, folders)]
     except (OSError, ValueError, yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
-        problems.append(f"{FOLDER} cannot be read ({type(error).__name__}: {error}): build the bundle again")
+        strangers = [f"{FOLDER} cannot be read ({type(error).__name__}: {error}): build the bundle again"]
+    if strangers:  # kubectl is not asked of what would have it fetch something, or read elsewhere
+        return [of_problems(FOLDER, problems + strangers)]
     good = "hardened, key from a Secret; the image's digest is still to be filled in, in a copy of k8s/site.example"
     asked = [
         ask_tool(
             f"{folder.relative_to(bundle)} renders", ("kubectl", "kustomize", folder), cwd=bundle,
             install="Debian package kubernetes-client",
         )
-        for folder in folders if folder.name != "site.example"
+        for folder in folders
     ]  # fmt: skip
     return [of_problems(FOLDER, problems, good=good), *asked]
+
+
+def _led_out(folder: Path, folders: Sequence[Path]) -> list[str]:
+    """What a kustomization names that is neither a file of its folder nor one of the folders beside it.
+
+    kustomize fetches what looks like a URL, by git too.
+    """
+    kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
+    bases = [f"../{base.name}" for base in folders]
+    known = {"apiVersion", "kind", "bases", "resources"}
+    found = [f"{word} is no part of it" for word in kustomization.keys() - known]
+    found += [f"base {base!r} is no folder beside it" for base in kustomization.get("bases", []) if base not in bases]
+    found += [
+        f"resource {file!r} is no file in its folder"
+        for file in kustomization.get("resources", [])
+        if not (isinstance(file, str) and foreign.is_name(file) and (folder / file).is_file())
+    ]
+    return [f"{FOLDER}/{folder.name}/kustomization.yaml: {line}" for line in found]
 
 
 def names_of(settings: ServeSettings) -> Names:

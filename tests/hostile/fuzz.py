@@ -24,13 +24,18 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from quantkit.serve.verdict import find_tool
+
 MEMORY_BYTES = 6 << 30  # of addresses: torch and its libraries have mapped 4 GiB of them before anything is read
 SECONDS = 20.0  # of processor time for one input; a chat template may take as long by the clock, in its own process
 _FORBIDDEN = (
     "os.system", "os.exec", "os.posix_spawn", "os.fork", "pty.spawn", "pickle.find_class", "socket.connect",
     "ctypes.dlopen", "code.__new__",
 )  # fmt: skip
-_OUR_TOOLS = {"quantkit.chat_template_worker", str(Path(sys.executable).with_name("check-jsonschema"))}  # are started
+_OUR_TOOLS = {  # are started; nginx and kubectl of files that were looked through
+    "quantkit.chat_template_worker",
+    *(str(find_tool(name)) for name in ("check-jsonschema", "kubectl", "nginx", "promtool")),
+}
 _OUR_OWN = (sys.prefix, sys.base_prefix, Path(__file__).parents[2])
 _READ_ONLY = tuple(str(Path(p).resolve()) for p in (*_OUR_OWN, "/usr", "/etc/ssl", "/proc", "/sys", "/dev/null"))
 

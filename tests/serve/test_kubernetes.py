@@ -212,6 +212,24 @@ def test_a_key_and_a_missing_folder_are_found(tmp_path: Path) -> None:
     assert "k8s/ is missing" in kubernetes.checks(bundle)[0].detail
 
 
+@pytest.mark.parametrize(
+    ("folder", "line", "said"),
+    [
+        ("base", "resources: ['https://127.0.0.1/x.git?ref=v1']", "is no file in its folder"),
+        ("base", "resources: [../../bundle.json]", "is no file in its folder"),
+        ("autoscaling", "bases: ['git::file:///srv/x']", "is no folder beside it"),
+        ("autoscaling", "bases: [/srv/x, ../base]", "is no folder beside it"),
+        ("base", "helmCharts: [{name: x, repo: 'https://127.0.0.1'}]", "helmCharts is no part of it"),
+        ("base", "resources: {a: b}", "is no file in its folder"),
+    ],
+)
+def test_kubectl_is_not_asked_of_what_leads_elsewhere(folder: str, line: str, said: str, tmp_path: Path) -> None:
+    bundle = write(tmp_path, ONE_NODE)
+    (bundle / "k8s" / folder / "kustomization.yaml").write_text(line)
+    (found,) = kubernetes.checks(bundle)
+    assert not found.passed and said in found.detail
+
+
 @pytest.mark.vllm
 def test_vllm_takes_the_words_of_leader_and_worker(tmp_path: Path) -> None:
     template = kubernetes._leader_worker_set(TWO_NODES, kubernetes.names_of(TWO_NODES), 1)["spec"][
