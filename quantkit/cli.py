@@ -133,7 +133,7 @@ def run(
     default="default",
     show_default=True,
     help="fast: GPTQ. default: scaled inputs, the curvature of both sides, drift correction. high: as default, on more "
-    "text, which CHECKPOINT writes.",
+    "text, which CHECKPOINT writes, and integers and scales are gone over again.",
 )
 @click.option(
     "--engine", type=click.Choice(["native", *_ENGINES]),
