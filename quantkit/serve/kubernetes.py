@@ -131,7 +131,7 @@ def _led_out(folder: Path, folders: Sequence[Path]) -> list[str]:
     kustomization = yaml.safe_load((folder / "kustomization.yaml").read_text(encoding="utf-8"))
     bases = [f"../{base.name}" for base in folders]
     known = {"apiVersion", "kind", "bases", "resources"}
-    found = [f"{word} is no part of it" for word in kustomization.keys() - known]
+    found = [f"{word} is no part of it" for word in sorted(kustomization.keys() - known, key=str)]
     found += [f"base {base!r} is no folder beside it" for base in kustomization.get("bases", []) if base not in bases]
     found += [
         f"resource {file!r} is no file in its folder"
