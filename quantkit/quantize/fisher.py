@@ -145,7 +145,9 @@ def _mean(sums: dict[str, dict[int, Tensor]], tokens: int) -> dict[str, dict[int
 
 
 def _weights(traces: dict[str, Tensor], shape_ST: torch.Size) -> dict[str, Tensor]:
-    """What this rank's tokens weigh, by group: the root of their traces over the mean of all ranks'; 1 where none was.
+    """What this rank's tokens weigh, by group: the root of their traces over the mean of all ranks'.
+
+    Tokens of windows that were not measured weigh what those at their place in the others do on average.
 
     The root, since a trace is one probe's and as much chance as it is the token's. Not so for a token that is far above
     the others, as the first of a window is for keys and values: beyond LOUD times the mean the trace itself counts.
@@ -156,9 +158,12 @@ def _weights(traces: dict[str, Tensor], shape_ST: torch.Size) -> dict[str, Tenso
         trace_ST = torch.stack([traces[linear] for linear in group]).sum(0)
         sums = {"trace": trace_ST.sum()}
         count = ranks.sum_up(sums, trace_ST.numel())
-        found[group[0]] = torch.ones(shape_ST, device=trace_ST.device)
         weight_ST = trace_ST * (count / sums["trace"].clamp_min(torch.finfo(torch.float32).tiny))
-        found[group[0]][: len(trace_ST)] = (weight_ST * (weight_ST / LOUD).clamp_min(1)).sqrt()
+        weight_ST = (weight_ST * (weight_ST / LOUD).clamp_min(1)).sqrt()
+        sums = {"weight": weight_ST.sum(0)}
+        windows = ranks.sum_up(sums, len(weight_ST))
+        found[group[0]] = (sums["weight"] / windows).repeat(shape_ST[0], 1)
+        found[group[0]][: len(trace_ST)] = weight_ST
     return {name: weight_ST.cpu() for name, weight_ST in found.items()}
 
 
@@ -209,7 +214,7 @@ def _backward(
             capped_BTO = gradient_BTO * (most_B11 / trace_BT1.maximum(most_B11)).nan_to_num_(1.0).sqrt()
             pieces = capped_BTO.flatten(0, 1).float().split(block_sizes(capped_BTO.shape[-1]), dim=1)
             for number, piece_NR in enumerate(pieces):
-                add_gram(blocks[f"{linear}.{number:03d}"], piece_NR)
+                add_gram(blocks[f"{linear}.{number:03d}"], piece_NR, gradient_BTO.dtype)
 
         return add
 

@@ -1,14 +1,45 @@
 """Gram matrices X^T X of what a linear reads, and of the gradients at what it gives: summed, and shrunk."""
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
 from torch import Tensor
 
+_ONEDNN: Any = torch.backends.mkldnn  # its settings by kind of operation are set up as it is imported
 
-def add_gram(gram_II: Tensor, x_NI: Tensor) -> None:
-    """Add X^T X to the blocks on and above the diagonal, in place: five eighths of the products. See `mirror`."""
+
+def add_gram(gram_II: Tensor, x_NI: Tensor, computed: torch.dtype) -> None:
+    """Add X^T X to the blocks on and above the diagonal, in place: five eighths of the products. See `mirror`.
+
+    x_NI: float32, of what was computed in the given type; see `add_product`.
+    """
     width = x_NI.shape[1]
     step = max(-(-width // 4), 1)
     for begin in range(0, width, step):
-        gram_II[begin : begin + step, begin:].addmm_(x_NI[:, begin : begin + step].T, x_NI[:, begin:])
+        add_product(gram_II[begin : begin + step, begin:], x_NI[:, begin : begin + step], x_NI[:, begin:], computed)
+
+
+def add_product(sum_JI: Tensor, left_NJ: Tensor, right_NI: Tensor, computed: torch.dtype) -> None:
+    """Add left^T right, in place; all float32.
+
+    What was computed in bfloat16 has no more digits than that. A CPU that multiplies bfloat16 in hardware then rounds
+    both sides to it, in place of their being float32, and sums in float32 all the same (oneDNN's fpmath mode).
+    """
+    with _narrow_products() if computed == torch.bfloat16 else contextlib.nullcontext():
+        sum_JI.addmm_(left_NJ.T, right_NI)
+
+
+@contextlib.contextmanager
+def _narrow_products() -> Iterator[None]:
+    """Matrix products of float32 on a CPU round their factors to bfloat16 meanwhile."""
+    before = _ONEDNN.matmul.fp32_precision
+    _ONEDNN.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        _ONEDNN.matmul.fp32_precision = before
 
 
 def mirror(gram_II: Tensor) -> None:

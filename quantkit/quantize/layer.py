@@ -23,7 +23,7 @@ from quantkit.quantize.descent import descend
 from quantkit.quantize.drift import target_weight
 from quantkit.quantize.fisher import Curvature
 from quantkit.quantize.gptq import gptq
-from quantkit.quantize.gram import add_gram, mirror, shrunk, usual_shrinkage
+from quantkit.quantize.gram import add_gram, add_product, mirror, shrunk, usual_shrinkage
 from quantkit.quantize.kv_scales import KvNote, KvSettings, Seen
 from quantkit.quantize.schemes import Override
 from quantkit.quantize.smooth import smoothing_scale
@@ -320,7 +320,7 @@ class Layer:
         def add(name: str, left_NJ: Tensor, right_NI: Tensor) -> None:
             if name not in sums:
                 sums[name] = torch.zeros(left_NJ.shape[1], right_NI.shape[1], device=self.device)
-            sums[name].addmm_(left_NJ.T, right_NI)
+            add_product(sums[name], left_NJ, right_NI, self.dtype)
 
         for part in self._parts():
             x_NI = read(self.run, part).flatten(0, 1).float()
@@ -330,11 +330,11 @@ class Layer:
                 sums["abs"] = sums.get("abs", 0) + x_NI.abs().sum(0)
             weighted_NI = x_NI
             if weight_ST is None:
-                add_gram(sums["gram"], x_NI)
+                add_gram(sums["gram"], x_NI, self.dtype)
             else:
                 root_N1 = weight_ST[part].flatten()[:, None].sqrt()
                 weighted_NI = x_NI * root_N1
-                add_gram(sums["gram"], weighted_NI)
+                add_gram(sums["gram"], weighted_NI, self.dtype)
                 weighted_NI.mul_(root_N1)
             if self.reference is not None and self.settings.drift_correction:
                 add("cross", read(self.reference, part).flatten(0, 1).float() - x_NI, weighted_NI)

@@ -141,3 +141,15 @@ def test_tokens_weigh_what_their_outputs_matter(tiny_llama: Path, windows: Token
         assert 0.6 < float(weight_ST.mean()) <= 1.001
     by_position = found["mlp.down_proj"].mean(0)
     assert by_position[:16].mean() > by_position[-16:].mean()
+
+
+def test_tokens_that_were_not_measured_weigh_what_others_at_their_place_do(
+    tiny_llama: Path, windows: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fisher, "MAX_TOKENS", 8 * 64)
+    folder = tmp_path / "layers"
+    _measure(tiny_llama, windows.input_ids_ST, folder)
+    for weight_ST in fisher.read(folder, folder, 0, torch.device("cpu")).tokens.values():
+        assert weight_ST.shape == (12, 64)
+        torch.testing.assert_close(weight_ST[8:], weight_ST[:8].mean(0).expand(4, 64))
+        assert not torch.equal(weight_ST[0], weight_ST[1])

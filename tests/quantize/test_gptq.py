@@ -6,7 +6,6 @@ from torch import Tensor
 
 from quantkit.formats import Grid, QuantizedWeight, dequantize
 from quantkit.quantize.gptq import MAX_DAMPING, gptq
-from quantkit.quantize.gram import shrunk, usual_shrinkage
 from quantkit.quantize.grid import fit_grid, minmax_grid, round_to_grid
 
 
@@ -223,24 +222,6 @@ def test_wrong_input_is_named() -> None:
         gptq(weight_OI, hessian_II * torch.inf, bits=4, group_size=8, symmetric=True)
     with pytest.raises(ValueError, match="block_size"):
         gptq(weight_OI, hessian_II, bits=4, group_size=8, symmetric=True, block_size=0)
-
-
-def test_a_shrunk_gram_matrix_keeps_its_diagonal() -> None:
-    _, hessian_II = problem(16)
-    found_II = shrunk(hessian_II, 0.25)
-    assert torch.equal(found_II.diagonal(), hessian_II.diagonal())
-    off_II = ~torch.eye(24, dtype=torch.bool)
-    torch.testing.assert_close(found_II[off_II], 0.75 * hessian_II[off_II])
-    assert torch.equal(shrunk(hessian_II, 1.0), hessian_II.diagonal().diag())
-    assert shrunk(hessian_II, 0.0) is hessian_II
-    with pytest.raises(ValueError, match="share is 1"):
-        shrunk(hessian_II, 1.5)
-
-
-def test_more_tokens_are_shrunk_less() -> None:
-    assert usual_shrinkage(1024, 12 * 1024) == 0.5
-    assert usual_shrinkage(1024, 0) == 1
-    assert usual_shrinkage(4096, 128 * 2048) < 0.16 < usual_shrinkage(4096, 16 * 2048)
 
 
 def _curvature(rows: int, seed: int) -> torch.Tensor:
