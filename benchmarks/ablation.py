@@ -24,18 +24,20 @@ from quantkit.progress import silent
 from quantkit.quantize import layer, stream
 from quantkit.quantize.layer import Settings
 
-_DEFAULT = "scaled inputs, GPTQ, drift, shrunk, outputs' curvature (default)"
-_PLAIN = {"drift_correction": 0.0, "output_curvature": False}
+_CURVED = "scaled inputs, GPTQ, drift, shrunk, outputs' curvature"
+_DEFAULT = f"{_CURVED}, gone over again (default)"
+_PLAIN = {"drift_correction": 0.0, "output_curvature": False, "rounds": 0}
 ROWS: dict[str, dict[str, Any]] = {
     "GPTQ": {"effort": "fast", "shrinkage": 0.0},
     "GPTQ, shrunk (fast)": {"effort": "fast"},
     "scaled inputs, GPTQ": {"effort": "default", "shrinkage": 0.0, **_PLAIN},
     "scaled inputs, GPTQ, shrunk": {"effort": "default", **_PLAIN},
-    "scaled inputs, GPTQ, drift": {"effort": "default", "shrinkage": 0.0, "output_curvature": False},
-    "scaled inputs, GPTQ, drift, shrunk": {"effort": "default", "output_curvature": False},
+    "scaled inputs, GPTQ, drift": {"effort": "default", "shrinkage": 0.0, "output_curvature": False, "rounds": 0},
+    "scaled inputs, GPTQ, drift, shrunk": {"effort": "default", "output_curvature": False, "rounds": 0},
+    _CURVED: {"effort": "default", "rounds": 0},
     _DEFAULT: {"effort": "default"},
-    "default, and integers and scales gone over again": {"effort": "default", "rounds": 5},
-    "default, and what the model reads on": {"effort": "high", "rounds": 0},
+    "default, five rounds": {"effort": "default", "rounds": 5},
+    "default, and what the model writes": {"effort": "high", "rounds": 1},
     "default, both (high)": {"effort": "high"},
 }
 BEFORE = {  # what a row is compared with: the row without the part that it adds
@@ -44,10 +46,11 @@ BEFORE = {  # what a row is compared with: the row without the part that it adds
     "scaled inputs, GPTQ, shrunk": "scaled inputs, GPTQ",
     "scaled inputs, GPTQ, drift": "scaled inputs, GPTQ",
     "scaled inputs, GPTQ, drift, shrunk": "scaled inputs, GPTQ, drift",
-    _DEFAULT: "scaled inputs, GPTQ, drift, shrunk",
-    "default, and integers and scales gone over again": _DEFAULT,
-    "default, and what the model reads on": _DEFAULT,
-    "default, both (high)": "default, and what the model reads on",
+    _CURVED: "scaled inputs, GPTQ, drift, shrunk",
+    _DEFAULT: _CURVED,
+    "default, five rounds": _DEFAULT,
+    "default, and what the model writes": _DEFAULT,
+    "default, both (high)": "default, five rounds",
 }
 
 

@@ -73,8 +73,8 @@ FORMULAS = {
     f"disk; rate: {EFFICIENCY:g} of the 16-bit peak, float32 products at 1/{1 / FLOAT32_SHARE:.0f} of that; link "
     f"{LINK_BYTES_S / 1e9:g} GB/s a GPU, all-reduce 2 (N-1)/N of the bytes; disk {DISK_BYTES_S / 1e9:g} GB/s a process",
     "quantize": "16 bits, shared: (2 * 2 + 3 s) * 2 T W, and 4 s T C V of the head. float32, shared: 13/8 * 2 T "
-    "sum(I^2) of Gram matrices, 5/8 * 2 s T F of curvature, 2 * rows * I^2 of rounding (effort high: 16 "
-    "times that, and 15 times 2 * rows^2 * I); on every rank: 6 sum(I^3) of factoring. Link: 4 (2 sum(I^2) + C I + F) "
+    "sum(I^2) of Gram matrices, 5/8 * 2 s T F of curvature, 2 * rows * I * (2 I + rows) of rounding "
+    "(effort high: 17 I + 16 rows); on every rank: 6 sum(I^3) of factoring. Link: 4 (2 sum(I^2) + C I + F) "
     "bytes, and W broadcast. Disk: the weights 4 times. T tokens, W weights of linears, "
     "I inputs of a group of them, F elements of curvature, s the share of T that it is measured on",
     "answers": f"(prompts * {WRITTEN:g} * prompt tokens + (prompts + held out) * answer tokens) / (replicas * tokens/s "
@@ -105,14 +105,16 @@ def quantizing(
     """Of quantizing all layers on so many tokens.
 
     curvature: elements of a layer's Fisher information, 0 for none, measured on `seen` tokens.
-    rounds: of coordinate descent over integers and scales, each of which reads errors and matrices three times.
+    rounds: of coordinate descent over integers and scales, each of which reads errors and matrices three times; once
+        more before the first.
     """
     shapes = linear_shapes(arch)
     forward = 2 * tokens * sum(rows * columns for rows, columns in shapes.values())  # of a layer
     widths = [shapes[names[0]][1] for names in INPUT_GROUPS]
     gram = 2 * tokens * sum(width * width for width in widths) * (5 / 8 + drift)
+    gone_over = 1 + 3 * rounds
     rounding = sum(
-        2 * rows * columns * ((1 + 3 * rounds) * columns + 3 * rounds * bool(curvature) * min(rows, CURVATURE_ROWS))
+        2 * rows * columns * ((1 + gone_over) * columns + gone_over * bool(curvature) * min(rows, CURVATURE_ROWS))
         for rows, columns in shapes.values()
     )
     factoring = sum(3 * width**3 for width in widths) * (2 if drift else 1)

@@ -19,7 +19,7 @@ from quantkit.quantize.grid import FLOAT16_MAX
 
 COLUMNS = 128  # whose gradients are kept up to date at once
 PASSES = 2  # over the integers, between two fits of the scales
-RIDGE = 1e-3  # of the diagonal, added where scales are solved for
+STEPS, LEFT = 30, 1e-6  # of conjugate gradients: how many at most, and the share of the squared residual that ends them
 
 
 def descend(
@@ -55,6 +55,7 @@ def descend(
         if output_hessians:
             curvature_RR = output_hessians[number].float().clone()
             curvature_RR.diagonal().add_(OUTPUT_DAMPING * curvature_RR.diagonal().mean())
+            curvature_RR.diagonal().masked_fill_(curvature_RR.diagonal() == 0, 1)  # nothing reads any of these rows
         rows = _Found(*tensors)
         _fit_scales(rows, hessian_II, curvature_RR, grid.group_size)
         for _ in range(rounds):
@@ -77,21 +78,24 @@ def _move_integers(
     rows: _Found, hessian_II: Tensor, curvature_RR: Tensor | None, group_size: int, highest: int
 ) -> None:
     """One pass over the inputs. Rows move together where that is less error, else the one that gains most alone."""
-    levels_RI, scale_RG, _, error_RI = rows
-    steep_R = torch.ones_like(scale_RG[:, 0]) if curvature_RR is None else curvature_RR.diagonal()
-    for start in range(0, error_RI.shape[1], COLUMNS):
-        stop = min(start + COLUMNS, error_RI.shape[1])
-        slope_bR = hessian_II[start:stop] @ error_RI.T  # half the gradient
+    # Transposed, so that what an input reaches is contiguous.
+    levels_IR, scale_GR, _, error_IR = (tensor.T.contiguous() for tensor in rows)
+    steep_R = torch.ones_like(scale_GR[0]) if curvature_RR is None else curvature_RR.diagonal()
+    levels_per_slope_GR = -1 / (scale_GR * steep_R)
+    inward_I = hessian_II.diagonal().tolist()
+    for start in range(0, len(error_IR), COLUMNS):
+        stop = min(start + COLUMNS, len(error_IR))
+        slope_bR = hessian_II[start:stop] @ error_IR  # half the gradient
         if curvature_RR is not None:
             slope_bR = slope_bR @ curvature_RR
         for i in range(start, stop):
-            scale_R, inward, slope_R = scale_RG[:, i // group_size], hessian_II[i, i], slope_bR[i - start]
-            wanted_R = levels_RI[:, i] - slope_R / (scale_R * steep_R * inward)
-            moves_R = wanted_R.round_().clamp_(0, highest).sub_(levels_RI[:, i])
+            group, inward, slope_R = i // group_size, inward_I[i], slope_bR[i - start]
+            moves_R = torch.addcmul(levels_IR[i], slope_R, levels_per_slope_GR[group], value=1 / inward)
+            moves_R.round_().clamp_(0, highest).sub_(levels_IR[i])
             moving_m = moves_R.nonzero()[:, 0]
             if not len(moving_m):
                 continue
-            step_m = moves_R[moving_m] * scale_R[moving_m]
+            step_m = moves_R[moving_m] * scale_GR[group, moving_m]
             if curvature_RR is None:
                 reach_R = torch.zeros_like(slope_R).index_copy_(0, moving_m, step_m)
             else:
@@ -101,9 +105,11 @@ def _move_integers(
                     best = gain_m.argmin()[None]
                     moving_m, step_m = moving_m[best], step_m[best]
                     reach_R = step_m @ curvature_RR[moving_m]
-            levels_RI[moving_m, i] += moves_R[moving_m]
-            error_RI[moving_m, i] += step_m
+            levels_IR[i, moving_m] += moves_R[moving_m]
+            error_IR[i, moving_m] += step_m
             slope_bR.addr_(hessian_II[i, start:stop], reach_R)
+    rows.levels_OI.copy_(levels_IR.T)
+    rows.error_OI.copy_(error_IR.T)
 
 
 def _fit_scales(rows: _Found, hessian_II: Tensor, curvature_RR: Tensor | None, group_size: int) -> None:
@@ -123,13 +129,33 @@ def _fit_scales(rows: _Found, hessian_II: Tensor, curvature_RR: Tensor | None, g
             change_R = -(slope_Ri * levels_Ri).sum(1) / bend_R.masked_fill(bend_R == 0, 1)
         else:
             slope_R = ((curvature_RR @ slope_Ri) * levels_Ri).sum(1)
-            bend_RR = curvature_RR * (inward_Ri @ levels_Ri.T)
-            bend_RR.diagonal().mul_(1 + RIDGE).masked_fill_(bend_RR.diagonal() == 0, 1)
-            lower_RR, info = torch.linalg.cholesky_ex(bend_RR)
-            if int(info):
-                continue
-            change_R = -torch.cholesky_solve(slope_R[:, None], lower_RR)[:, 0]
+            change_R = _solved(curvature_RR * (inward_Ri @ levels_Ri.T), -slope_R)
         fitted_R = (scale_RG[:, group] + change_R).to(torch.float16).float()
         fitted_R = torch.where((fitted_R > 0) & (fitted_R <= FLOAT16_MAX), fitted_R, scale_RG[:, group])
         error_RI[:, members] += levels_Ri * (fitted_R - scale_RG[:, group])[:, None]
         scale_RG[:, group] = fitted_R
+
+
+def _solved(matrix_RR: Tensor, right_R: Tensor) -> Tensor:
+    """x with A x = b, nearly: conjugate gradients, preconditioned by A's diagonal; each step is nearer than the last.
+
+    Outputs say little of each other, so a few steps are enough, where a factor would take R^3 / 3 operations.
+    """
+    diagonal_R = matrix_RR.diagonal()
+    share_R = 1 / diagonal_R.masked_fill(diagonal_R == 0, 1)
+    found_R, left_R = torch.zeros_like(right_R), right_R.clone()
+    towards_R = share_R * left_R
+    size = first = float(left_R.dot(towards_R))
+    for _ in range(STEPS):
+        if size <= LEFT * first:
+            break
+        reach_R = matrix_RR @ towards_R
+        bend = float(towards_R.dot(reach_R))
+        if bend <= 0:  # as far as float32 tells the matrix from a singular one
+            break
+        found_R.add_(towards_R, alpha=size / bend)
+        left_R.sub_(reach_R, alpha=size / bend)
+        scaled_R = share_R * left_R
+        before, size = size, float(left_R.dot(scaled_R))
+        towards_R = scaled_R.add_(towards_R, alpha=size / before)
+    return found_R

@@ -21,7 +21,7 @@ from quantkit.quantize import kv_scales, states
 from quantkit.quantize.awq import awq, search_scale
 from quantkit.quantize.descent import descend
 from quantkit.quantize.drift import target_weight
-from quantkit.quantize.fisher import Curvature
+from quantkit.quantize.fisher import MAX_TOKENS, Curvature
 from quantkit.quantize.gptq import gptq
 from quantkit.quantize.gram import add_gram, add_product, mirror, shrunk, usual_shrinkage
 from quantkit.quantize.kv_scales import KvNote, KvSettings, Seen
@@ -44,7 +44,7 @@ class Effort(NamedTuple):
 
 EFFORTS = {
     "fast": Effort("gptq", 0.0, False, 0, 0),
-    "default": Effort("awq+gptq", 0.8, True, 0, 0),
+    "default": Effort("awq+gptq", 0.8, True, 0, 1),
     "high": Effort("awq+gptq", 0.8, True, None, 5),
 }
 ENOUGH_TOKENS = 60  # for each input of the widest linear, that `continuations` makes of the calibration set
@@ -284,7 +284,7 @@ class Layer:
             )  # fmt: skip
             inputs = inputs._replace(cross_II=None, residual_CI=None)  # each as large as the Gram matrix, and done with
         curvature = [
-            shrunk(block, usual_shrinkage(len(block), inputs.tokens))
+            shrunk(block, usual_shrinkage(len(block), min(inputs.tokens, MAX_TOKENS)))
             for name in names
             for block in self.curvature.blocks.get(name, [])
         ]
@@ -400,9 +400,9 @@ def _choose(
         weight_OI, gram_II, bits=bits, group_size=group_size, symmetric=symmetric, act_order=settings.act_order,
         damping=settings.damping, output_hessians=curvature,
     )  # fmt: skip
-    quantized = result.quantized
-    if settings.rounds:
-        quantized = descend(weight_OI, quantized, gram_II, curvature, damping=result.damping, rounds=settings.rounds)
+    quantized = descend(
+        weight_OI, result.quantized, gram_II, curvature, damping=result.damping, rounds=settings.rounds
+    )  # fmt: skip
     return quantized, result.damping
 
 

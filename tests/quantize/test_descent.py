@@ -79,7 +79,7 @@ def test_inputs_that_never_fired_and_rows_of_zeros_stay_as_they_are(damping: flo
     weight_OI, hessian_II = problem(7)
     hessian_II[5], hessian_II[:, 5], weight_OI[3] = 0, 0, 0
     blocks, _ = curvatures([8])
-    for output_hessians in ([], blocks):
+    for output_hessians in ([], blocks, [torch.zeros(8, 8)]):
         first = gptq(
             weight_OI, hessian_II, bits=4, group_size=8, symmetric=False, damping=damping,
             output_hessians=output_hessians,

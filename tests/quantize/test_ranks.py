@@ -33,12 +33,13 @@ TORCHRUN = (
 
 
 @pytest.mark.vllm
-@pytest.mark.parametrize("effort", ["default", "high"])
+@pytest.mark.parametrize("effort", ["fast", "default", "high"])
 def test_two_ranks_make_what_one_makes(tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path, effort: str) -> None:
     """The first layer's weights, but for a few; in later ones scales follow what was tipped there, to the same KL.
 
-    With effort high one tipped integer moves the scales of its group, and these the integers beside it: what is read
-    after it is corrected for another error, a tenth of a weight apart on this random model, and as good to 2 %.
+    Where integers and scales are gone over again, one tipped integer moves the scales of its group, and these the
+    integers beside it: what is read after it is corrected for another error, a tenth of a weight apart on this random
+    model, and as good to 2 %.
     """
     read = tokens.tokenize([str(texts[1])], tokens.load_tokenizer(tiny_llama), samples=32, length=64, seed=0)
     held_out, kl, made = windows.of_passages(read), [], []
@@ -54,14 +55,14 @@ def test_two_ranks_make_what_one_makes(tiny_llama: Path, texts: tuple[Path, Path
     one, two = made
     for name, tensor in one.layer(0).items():
         apart = (tensor - two.layer(0)[name]).abs()
-        if effort == "default":
+        if effort == "fast":
             assert (apart > 0.01 * tensor.abs()).float().mean() < 0.02, name
         assert apart.max() <= 0.2 * tensor.abs().max(), name
         assert apart.norm() <= (0.05 if name.endswith(("q_proj.weight", "k_proj.weight")) else 0.2) * tensor.norm(), (
             name
         )
     assert all(torch.equal(tensor, two.outer()[name]) for name, tensor in one.outer().items())
-    assert kl[1] == pytest.approx(kl[0], rel=0.03 if effort == "default" else 0.06)
+    assert kl[1] == pytest.approx(kl[0], rel=0.03 if effort == "fast" else 0.06)
 
 
 def test_a_second_rank_with_nothing_to_do_is_sent_home(
