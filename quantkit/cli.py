@@ -132,8 +132,8 @@ def run(
     type=click.Choice(["fast", "default", "high"]),
     default="default",
     show_default=True,
-    help="fast: GPTQ. default: scaled inputs, the curvature of both sides, drift correction. high: as default, on more "
-    "text, which CHECKPOINT writes, and integers and scales are gone over again.",
+    help="fast: GPTQ. default: scaled inputs, the curvature of both sides, drift correction, integers and scales gone "
+    "over again. high: as default, five times, on more text, which CHECKPOINT writes.",
 )
 @click.option(
     "--engine", type=click.Choice(["native", *_ENGINES]),

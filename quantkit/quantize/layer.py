@@ -29,6 +29,7 @@ from quantkit.quantize.schemes import Override
 from quantkit.quantize.smooth import smoothing_scale
 
 BATCH = 4  # samples a forward pass
+ROW_BLOCKS, FEWEST_ROWS = 12, 32  # that outputs are rounded in under their curvature, and of how many at least
 REPORTED_ROWS = 512  # of a linear, evenly spread, that its relative error is of, at the least
 
 
@@ -399,6 +400,7 @@ def _choose(
     result = gptq(
         weight_OI, gram_II, bits=bits, group_size=group_size, symmetric=symmetric, act_order=settings.act_order,
         damping=settings.damping, output_hessians=curvature,
+        row_block=max(min(map(len, curvature), default=0) // ROW_BLOCKS, FEWEST_ROWS),
     )  # fmt: skip
     quantized = descend(
         weight_OI, result.quantized, gram_II, curvature, damping=result.damping, rounds=settings.rounds

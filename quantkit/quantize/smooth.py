@@ -24,6 +24,7 @@ STEPS = 100
 RATE = 0.05  # of Adam, in log s; falls linearly to 0
 NORM = 4  # of the spread: between the root mean square, and the range, of which clip search takes the outermost off
 MAX_ROWS = 1024  # rows that are looked at, evenly spread
+TINY = torch.finfo(torch.float32).tiny  # a row of zeros has no slope
 
 
 class Smoothing(NamedTuple):
@@ -55,7 +56,8 @@ def smoothing_scale(
     A scale of ones is kept where nothing better is found. Raises ValueError as `gptq` does.
     """
     rows, in_features = weight_OI.shape
-    weight_OGi = weight_OI[:: max(rows // MAX_ROWS, 1)].float().unflatten(1, (-1, group_size))
+    seen_OI = weight_OI[:: max(rows // MAX_ROWS, 1)].float()
+    power_GOi = seen_OI.pow(NORM).unflatten(1, (-1, group_size)).transpose(0, 1).contiguous()
     order_I = input_order(hessian_II)
     factor_II, _ = inverse_factor(hessian_II, order_I, damping, torch.float32)
     left_I = torch.empty(in_features, device=weight_OI.device)
@@ -64,10 +66,10 @@ def smoothing_scale(
 
     def loss(log_I: Tensor) -> Tensor:
         scale_I = log_I.exp() if tie is None else tie(log_I.exp())
-        spread_OG = (weight_OGi * scale_I.view(-1, group_size)).square().square().mean(-1).sqrt()
+        power_GO = (power_GOi @ scale_I.pow(NORM).view(-1, group_size, 1))[..., 0].clamp_min(TINY)
         cost_G = (left_I / scale_I.square()).view(-1, group_size).sum(-1)
-        total: Tensor = (cost_G * spread_OG.sum(0)).sum()
-        return total.clamp_min(torch.finfo(torch.float32).tiny).log()
+        total: Tensor = (cost_G * power_GO.pow(2 / NORM).sum(1)).sum()
+        return total.clamp_min(TINY).log()
 
     log_I = torch.zeros(in_features, device=weight_OI.device, requires_grad=True)
     adam = torch.optim.Adam([log_I], lr=RATE)

@@ -116,3 +116,11 @@ def test_threads_change_no_bit(threads: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found, smoothing_scale(weight_OI, gram_II, group_size=64).scale_I)
+
+
+def test_a_row_of_zeros_hides_no_scale() -> None:
+    weight_OI, inputs_TI = layer_weight(4), layer_inputs(4)
+    gram_II = inputs_TI.T @ inputs_TI
+    weight_OI[7, :GROUP] = 0
+    found = smoothing_scale(weight_OI, gram_II, group_size=GROUP)
+    assert found.loss < 1 and bool(torch.isfinite(found.scale_I).all())
