@@ -24,6 +24,7 @@ DISK_BYTES_S = 2e9  # that each process reads of a checkpoint
 
 CURVATURE_ROWS = 2048  # of a block of the Fisher information: what rows further apart do to each other is left out
 CURVATURE_TOKENS = 1 << 16  # that it is measured on; more tell little more, and their states fill the disk
+ROUNDS = 1  # of coordinate descent after GPTQ, with effort default
 WRITTEN = 1.35  # prompts asked for per prompt wanted: some are cut off, some come twice
 _SEQUENCES = 128  # of an engine at once
 _ASSUMED_PROMPTS = 400  # where a file holds them
@@ -73,7 +74,7 @@ FORMULAS = {
     f"disk; rate: {EFFICIENCY:g} of the 16-bit peak, float32 products at 1/{1 / FLOAT32_SHARE:.0f} of that; link "
     f"{LINK_BYTES_S / 1e9:g} GB/s a GPU, all-reduce 2 (N-1)/N of the bytes; disk {DISK_BYTES_S / 1e9:g} GB/s a process",
     "quantize": "16 bits, shared: (2 * 2 + 3 s) * 2 T W, and 4 s T C V of the head. float32, shared: 13/8 * 2 T "
-    "sum(I^2) of Gram matrices, 5/8 * 2 s T F of curvature, 2 * rows * I * (2 I + rows) of rounding "
+    "sum(I^2) of Gram matrices, 5/8 * 2 s T F of curvature, 2 * rows * I * (5 I + 4 rows) of rounding "
     "(effort high: 17 I + 16 rows); on every rank: 6 sum(I^3) of factoring. Link: 4 (2 sum(I^2) + C I + F) "
     "bytes, and W broadcast. Disk: the weights 4 times. T tokens, W weights of linears, "
     "I inputs of a group of them, F elements of curvature, s the share of T that it is measured on",
@@ -161,7 +162,8 @@ def _quantize(model: Model, gpu: Gpu, asked: Work, gpus: int) -> Duration:
     arch, tokens = model.arch, asked.calibration_tokens
     curvature = curvature_elements(arch)
     done = quantizing(
-        arch, tokens, streams=2, drift=True, curvature=curvature, seen=min(tokens, CURVATURE_TOKENS)
+        arch, tokens, streams=2, drift=True, curvature=curvature, seen=min(tokens, CURVATURE_TOKENS),
+        rounds=ROUNDS,
     )  # fmt: skip
     narrow = _rate(gpu) * FLOAT32_SHARE
     shapes = linear_shapes(arch)

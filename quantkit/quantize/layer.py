@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quantkit import decoder, formats, ranks
 from quantkit.architecture import INPUT_GROUPS, Architecture, linear_shapes
+from quantkit.capacity import duration
 from quantkit.decoder import Rotation
 from quantkit.formats import Grid, QuantizedWeight, Storage
 from quantkit.quantize import kv_scales, states
@@ -45,7 +46,7 @@ class Effort(NamedTuple):
 
 EFFORTS = {
     "fast": Effort("gptq", 0.0, False, 0, 0),
-    "default": Effort("awq+gptq", 0.8, True, 0, 1),
+    "default": Effort("awq+gptq", 0.8, True, 0, duration.ROUNDS),
     "high": Effort("awq+gptq", 0.8, True, None, 5),
 }
 ENOUGH_TOKENS = 60  # for each input of the widest linear, that `continuations` makes of the calibration set
