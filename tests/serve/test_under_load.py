@@ -73,19 +73,21 @@ def test_who_goes_away_frees_the_cache(server: launch.Server) -> None:
 
 def test_past_its_queue_it_says_503_at_once(server: launch.Server) -> None:
     with httpx.Client(base_url=server.base_url, trust_env=False, timeout=300) as client:
-        streams = []
+        streams: list[httpx.Response] = []
         try:
-            for _ in range(8):
+            while len(streams) < 40:  # on a fast processor the first ones may be answered while others are sent
                 request = client.build_request("POST", "/v1/chat/completions", json=_chat(max_tokens=1800, stream=True))
+                begin_s = time.monotonic()
                 streams.append(client.send(request, stream=True))
-            begin_s = time.monotonic()
-            refused = client.post("/v1/chat/completions", json=_chat(max_tokens=4))
+                if streams[-1].status_code != 200:
+                    break
+            refused = streams[-1]
             assert refused.status_code == 503 and time.monotonic() - begin_s < 10
-            assert refused.json()["error"]["code"] == 503
+            assert json.loads(refused.read())["error"]["code"] == 503
+            assert len(streams) > 8, "fewer are taken than its limit"
         finally:
             for stream in streams:
                 stream.close()
-        assert [stream.status_code for stream in streams] == [200] * 8
         assert _eventually(lambda: not _counted(server)["vllm:num_requests_running"])
 
 
