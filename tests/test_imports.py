@@ -29,7 +29,6 @@ ROOMS = [
     {"bench"},
     {"stages"},
     {"pipeline", "summary"},
-    {"option_values"},
     {"cli"},
 ]
 # What is pure maths imports torch, the standard library, and each other.

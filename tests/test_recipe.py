@@ -7,7 +7,7 @@ import click
 import pytest
 import yaml
 
-from quantkit import option_values
+from quantkit.cli import option_values
 from quantkit.errors import QuantkitError
 from quantkit.recipe import Recipe, load_recipe
 
