@@ -60,5 +60,6 @@ def open_inputs(*paths: Path, quantized: bool | None = None) -> None:
 
 
 def check_cluster(cluster: str | None) -> None:
+    """Raise what is missing here for vLLM to answer on a Ray cluster, where one is asked for."""
     if cluster is not None:
         vllm_environment.check_ray()
