@@ -19,7 +19,8 @@ from quantkit.errors import raise_all
 
 # What vLLM's CPU build adds to bare kernels, seen side by side on models of 2 and 30 layers of almost no weights
 # (docs/plan.md): a layer takes 2.5 times what starting its kernels does (1.6 to 3.2), as they are called through
-# modules and custom operators, and a step besides as long as three layers (schedule, inputs, logits, sampling).
+# modules and custom operators, and a step besides as long as three layers (schedule, inputs, logits, sampling). The
+# time that more rows take is the kernels' own, and counts once.
 LAYER_OVERHEAD = 2.5
 LAYERS_A_STEP = 3
 
@@ -101,7 +102,9 @@ def pass_s(model: Reads, machine: Machine, *, rows: int, sequences: int, context
     cache_bytes = sequences * context_tokens * model.cache_bytes
     if machine.measured is not None:
         assert model.products is not None
-        layers = (model.layers + LAYERS_A_STEP) * LAYER_OVERHEAD * between(machine.measured.layer_us, rows) / 1e6
+        alone_us = between(machine.measured.layer_us, 1)
+        layer_us = LAYER_OVERHEAD * alone_us + max(between(machine.measured.layer_us, rows) - alone_us, 0)
+        layers = (model.layers + LAYERS_A_STEP) * layer_us / 1e6
         products = (
             2 * rows * weights / 1e9 / _rate(machine.measured.products[kind], rows)
             for kind, weights in model.products.items()

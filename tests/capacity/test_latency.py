@@ -87,6 +87,8 @@ def test_a_processor_by_what_was_measured() -> None:
     assert roofline.pass_s(model._replace(layers=-3), machine, rows=16, sequences=0, context_tokens=0) == pytest.approx(
         16 * 2e6 / 16e9 + 16 * 1e6 / 9e9
     ), "beyond the last number of rows its rate goes on"
+    started = roofline.pass_s(model._replace(products={}), machine, rows=5, sequences=0, context_tokens=0)
+    assert started == pytest.approx(13 * (2.5 * 200e-6 + 40e-6)), "what more rows take is no start"
     # 4 rows lie 3/7 of the way from 1 to 8, in seconds
     between = 2 * 1e6 / 1e9 * (4 / 7 * 1 / 4 + 3 / 7 * 8 / 16)
     only = model._replace(layers=-3, products={"float32": 1_000_000})
