@@ -248,35 +248,34 @@ def test_the_loaded_replica_is_avoided(stack: Stack) -> None:
     stop = threading.Event()
 
     def load(number: int) -> None:
-        headers = {"Authorization": f"Bearer {stack.key}"}
-        with httpx.Client(base_url=stack.url("vllm-0", 8000), headers=headers, trust_env=False) as client:
-            while not stop.is_set():
-                # of other lengths, so that they do not end together and leave the replica free for a moment
-                body = chat("harbour " * 40, max_tokens=900 - 170 * number, ignore_eos=True)
-                client.post("/v1/chat/completions", json=body, timeout=300).raise_for_status()
+        url, headers = stack.url("vllm-0", 8000), {"Authorization": f"Bearer {stack.key}"}
+        # of other lengths, so that they do not end together and leave the replica free for a moment
+        body = chat("harbour " * 40, max_tokens=900 - 170 * number, ignore_eos=True)
+        while not stop.is_set():  # each on a connection of its own: the server may be closing one that has answered
+            answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, trust_env=False, timeout=300)
+            answer.raise_for_status()
 
-    threads = [threading.Thread(target=load, args=(number,)) for number in range(4)]
-    try:
-        for thread in threads:
-            thread.start()
-        _wait(lambda: stack.counters("vllm-0")["vllm:kv_cache_usage_perc"] > 0.2, stack, 300)
-        with stack.outside() as client:
-            before = stack.counters("vllm-1")["vllm:prompt_tokens_total"]
-            tokens = []
-            for n in range(14):
-                # One for each of the router's looks, which are a second apart: whom it has sent something since, it
-                # holds for half a second busier, and a fast replica would be given every other one of several.
-                time.sleep(1.5)
-                answer = client.post("/v1/chat/completions", json=chat(f"{n} ships")).raise_for_status().json()
-                tokens.append(answer["usage"]["prompt_tokens"])
-        # All but two, for a machine so busy that the router is late: one that does not look sends 12 of 14 there
-        # once in 150 times. A replica counts an answer when it has given it.
-        most = sum(sorted(tokens)[:12])
-        _wait(lambda: stack.counters("vllm-1")["vllm:prompt_tokens_total"] - before >= most, stack, 30)
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        loads = [pool.submit(load, number) for number in range(4)]
+        try:
+            _wait(lambda: stack.counters("vllm-0")["vllm:kv_cache_usage_perc"] > 0.2, stack, 300)
+            with stack.outside() as client:
+                before = stack.counters("vllm-1")["vllm:prompt_tokens_total"]
+                tokens = []
+                for n in range(14):
+                    # One for each of the router's looks, which are a second apart: whom it has sent something since, it
+                    # holds for half a second busier, and a fast replica would be given every other one of several.
+                    time.sleep(1.5)
+                    answer = client.post("/v1/chat/completions", json=chat(f"{n} ships")).raise_for_status().json()
+                    tokens.append(answer["usage"]["prompt_tokens"])
+            # All but two, for a machine so busy that the router is late: one that does not look sends 12 of 14 there
+            # once in 150 times. A replica counts an answer when it has given it.
+            most = sum(sorted(tokens)[:12])
+            _wait(lambda: stack.counters("vllm-1")["vllm:prompt_tokens_total"] - before >= most, stack, 30)
+        finally:
+            stop.set()
+        for each in loads:
+            each.result()
 
 
 def test_a_cache_aware_router_sends_a_prefix_where_it_is(stack: Stack) -> None:
