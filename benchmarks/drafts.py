@@ -131,8 +131,8 @@ def _fill_pool(target: Path, out: Path, count: int) -> None:
     speaking = distil.speaking_target(open_checkpoint(target), out)
     with Session() as session:
         asked = conversations.prompts(
-            session, f"self:{count + HELD_OUT + VALIDATION}", speaking, longest=settings.prompt_tokens, seed=0,
-            folder=out, report=report, held_out=HELD_OUT + VALIDATION,
+            session, f"self:{count + HELD_OUT + VALIDATION}", speaking, purpose=conversations.Purpose.DRAFT,
+            longest=settings.prompt_tokens, seed=0, folder=out, report=report, held_out=HELD_OUT + VALIDATION,
         )  # fmt: skip
         held_out, validation, training = conversations.split(asked, (HELD_OUT, VALIDATION), seed=0)
         parts = [("training", training[::2], 0.0), ("training", training[1::2], 0.7), ("validation", validation, 0.0)]

@@ -4,6 +4,7 @@
 would ask (Magpie, arXiv 2406.08464).
 """
 
+import enum
 import itertools
 import json
 from collections.abc import Sequence
@@ -22,6 +23,14 @@ from quantkit.progress import LINE, Report
 from quantkit.tokens import TokenSet
 
 _MARK = "\u241e"  # stands for the user's words while the template is cut apart; no prompt holds it
+
+
+class Purpose(enum.IntEnum):
+    """What a model writes prompts for. Each has its own by the same seed: what judges was in no calibration."""
+
+    CALIBRATION = 0
+    DRAFT = 1
+    EVALUATION = 2
 
 
 class Exchange(NamedTuple):
@@ -65,8 +74,9 @@ def render(tokenizer: Any, document: text.Document) -> list[int]:
 
 
 def prompts(
-    session: Session, source: str, target: Path, *, longest: int, seed: int, folder: Path, report: Report, held_out: int
-) -> list[list[int]]:
+    session: Session, source: str, target: Path, *, purpose: Purpose, longest: int, seed: int, folder: Path,
+    report: Report, held_out: int,
+) -> list[list[int]]:  # fmt: skip
     """Distinct rendered prompts of at most `longest` tokens, from a text source or written by the target.
 
     Raises:
@@ -84,8 +94,11 @@ def prompts(
         found: list[text.Document] = list(text.documents(source))
     else:
         found = list(
-            _self_written(session, target, tokenizer, wanted, longest=longest, seed=seed, folder=folder, report=report)
-        )
+            _self_written(
+                session, target, tokenizer, wanted, purpose=purpose, longest=longest, seed=seed, folder=folder,
+                report=report,
+            )
+        )  # fmt: skip
     distinct = {json.dumps(document, sort_keys=True).casefold(): document for document in found}
     rendered = [list(ids) for ids in dict.fromkeys(tuple(render(tokenizer, each)) for each in distinct.values())]
     room = longest + len(render(tokenizer, " "))  # the template's own tokens do not count
@@ -106,14 +119,16 @@ def prompts(
 
 
 def _self_written(
-    session: Session, target: Path, tokenizer: Any, count: int, *, longest: int, seed: int, folder: Path, report: Report
-) -> list[str]:
+    session: Session, target: Path, tokenizer: Any, count: int, *, purpose: Purpose, longest: int, seed: int,
+    folder: Path, report: Report,
+) -> list[str]:  # fmt: skip
     template = chat_template(tokenizer)
     stop = {token for token in (template.end_of_turn, tokenizer.eos_token_id) if token is not None}
     requests = [
         offline.Request(
             name=f"prompt-{number}", prompt=template.before, temperature=1.0, max_tokens=longest,
-            seed=seed * 1_000_003 + number, stop_token_ids=sorted(stop),
+            seed=(purpose << 30) + seed * 1_000_003 + number,  # of which a CPU generator takes 32 bits
+            stop_token_ids=sorted(stop),
         )
         for number in range(round(count * WRITTEN))
     ]  # fmt: skip
@@ -162,8 +177,9 @@ def chats(
     """Up to `count` chats of one turn that the model holds with itself, its answers sampled at `temperature`."""
     tokenizer = tokens.load_tokenizer(checkpoint)
     written = _self_written(
-        session, checkpoint, tokenizer, count, longest=prompt_tokens, seed=seed, folder=folder, report=report
-    )
+        session, checkpoint, tokenizer, count, purpose=Purpose.CALIBRATION, longest=prompt_tokens, seed=seed,
+        folder=folder, report=report,
+    )  # fmt: skip
     asked = list(dict.fromkeys(written))[:count]
     if not asked:
         raise QuantkitError(

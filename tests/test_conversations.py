@@ -1,11 +1,15 @@
 """What a model writes, by the real vLLM."""
 
+import contextlib
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 
 from quantkit import conversations, tokens
+from quantkit.conversations import Purpose
+from quantkit.errors import QuantkitError
 from quantkit.offline import Session
 from quantkit.progress import silent
 from quantkit.tokens import TokenSet
@@ -54,3 +58,20 @@ def test_what_ends_sooner_ends_with_eos(tiny_llama: Path, texts: tuple[Path, Pat
     ended = [result for result in results if result.finished == "stop"]
     assert ended and all(result.tokens[-1] == tokenizer.eos_token_id for result in ended)
     assert all(tokenizer.eos_token_id not in result.tokens[:-1] for result in ended)
+
+
+def test_prompts_that_judge_are_not_those_that_were_calibrated_on(tiny_llama: Path, tmp_path: Path) -> None:
+    def written(session: Session, purpose: Purpose, folder: Path) -> set[str]:
+        with contextlib.suppress(QuantkitError):  # a random model seldom ends a turn: what it wrote is compared
+            conversations.prompts(
+                session, "self:24", tiny_llama, purpose=purpose, longest=32, seed=0, folder=folder, report=silent,
+                held_out=0,
+            )  # fmt: skip
+        lines = (folder / "prompts" / "results.jsonl").read_text().splitlines()
+        return {str(conversations.offline.Result.model_validate_json(line).tokens) for line in lines}
+
+    with Session() as session:
+        again = written(session, Purpose.CALIBRATION, tmp_path / "again")
+        sets = [written(session, purpose, tmp_path / purpose.name) for purpose in Purpose]
+    assert sets[Purpose.CALIBRATION] == again
+    assert all(len(one) > 24 and not one & other for one, other in itertools.combinations(sets, 2))

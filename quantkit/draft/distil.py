@@ -237,8 +237,8 @@ def _texts(
 ) -> Texts:  # fmt: skip
     """The target's answers to prompts that are drawn apart before any is answered."""
     asked = conversations.prompts(
-        session, settings.prompts, speaking, longest=settings.prompt_tokens, seed=seed, folder=folder, report=report,
-        held_out=settings.held_out_prompts + settings.validation_prompts,
+        session, settings.prompts, speaking, purpose=conversations.Purpose.DRAFT, longest=settings.prompt_tokens,
+        seed=seed, folder=folder, report=report, held_out=settings.held_out_prompts + settings.validation_prompts,
     )  # fmt: skip
     sizes = (settings.held_out_prompts, settings.validation_prompts)
     held_out, validation, training = conversations.split(asked, sizes, seed=seed)

@@ -131,8 +131,8 @@ def _sets(
     if source is not None:
         speaks = folder / "chat"
         asked = conversations.prompts(
-            session, source, reference.path, longest=settings.chat_tokens, seed=seed, folder=speaks, report=report,
-            held_out=0,
+            session, source, reference.path, purpose=conversations.Purpose.EVALUATION, longest=settings.chat_tokens,
+            seed=seed, folder=speaks, report=report, held_out=0,
         )  # fmt: skip
         said = conversations.answers(
             session, reference.path, asked, longest=settings.chat_tokens, seed=seed, folder=speaks / "answers",

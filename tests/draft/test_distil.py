@@ -67,8 +67,9 @@ def test_a_base_model_cannot_ask_itself(tiny_llama: Path, tmp_path: Path) -> Non
 def _prompts(target: Path, file: Path, folder: Path, report: Report = silent, *, longest: int = 12) -> list[list[int]]:
     with Session() as session:  # asked nothing: the prompts come from a file
         return conversations.prompts(
-            session, str(file), target, longest=longest, seed=0, folder=folder, report=report, held_out=2
-        )
+            session, str(file), target, purpose=conversations.Purpose.DRAFT, longest=longest, seed=0, folder=folder,
+            report=report, held_out=2,
+        )  # fmt: skip
 
 
 def test_prompts_that_are_too_long_or_come_twice_are_left_out_and_counted(tiny_llama: Path, tmp_path: Path) -> None:
