@@ -107,12 +107,11 @@ def _measure(
     for stale in (folder, made):
         shutil.rmtree(stale, ignore_errors=True)
     made.mkdir()
-    if written := layer.continuations(settings, source.arch, windows.input_ids_ST.numel()):
-        with Session() as session:
-            more = conversations.continuations(
-                session, path, windows, written, seed=seed, folder=out / f"written-{seed}", report=silent
-            )
-        windows = windows._replace(input_ids_ST=torch.cat([windows.input_ids_ST, more.input_ids_ST]))
+    written = layer.continuations(settings, source.arch, windows.input_ids_ST.numel())
+    with Session() as session:
+        windows = conversations.extended(
+            session, path, windows, written, seed=seed, folder=out / f"written-{seed}", report=silent
+        )
     begin_s = time.process_time()
     stream.quantize_layers(source, windows, settings, folder=folder, device="cpu", report=silent)
     cpu_s = time.process_time() - begin_s

@@ -7,6 +7,7 @@ would ask (Magpie, arXiv 2406.08464).
 import enum
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,8 @@ from quantkit.offline import Session
 from quantkit.progress import LINE, Report
 from quantkit.tokens import TokenSet
 
+CHATS = 0.6  # windows of new chats for one that goes on from text: they are more alike (docs/quantize.md)
+_CHAT_TOKENS = 160  # of a chat of one turn, rather too few: SmolLM2-135M's have 190, larger models' answers are longer
 _MARK = "\u241e"  # stands for the user's words while the template is cut apart; no prompt holds it
 
 
@@ -31,6 +34,7 @@ class Purpose(enum.IntEnum):
     CALIBRATION = 0
     DRAFT = 1
     EVALUATION = 2
+    MORE_CALIBRATION = 3  # windows of chats besides those that were asked for
 
 
 class Exchange(NamedTuple):
@@ -172,20 +176,20 @@ def answers(
 
 def chats(
     session: Session, checkpoint: Path, count: int, *, prompt_tokens: int, answer_tokens: int, temperature: float,
-    seed: int, folder: Path, report: Report,
+    seed: int, folder: Path, report: Report, purpose: Purpose = Purpose.CALIBRATION,
 ) -> list[text.Document]:  # fmt: skip
-    """Up to `count` chats of one turn that the model holds with itself, its answers sampled at `temperature`."""
+    """Up to `count` chats of one turn that the model holds with itself, its answers sampled at `temperature`.
+
+    None where it finished no prompt, as a model that is not tuned for chats may.
+    """
     tokenizer = tokens.load_tokenizer(checkpoint)
     written = _self_written(
-        session, checkpoint, tokenizer, count, purpose=Purpose.CALIBRATION, longest=prompt_tokens, seed=seed,
-        folder=folder, report=report,
+        session, checkpoint, tokenizer, count, purpose=purpose, longest=prompt_tokens, seed=seed, folder=folder,
+        report=report,
     )  # fmt: skip
     asked = list(dict.fromkeys(written))[:count]
     if not asked:
-        raise QuantkitError(
-            f"self:{count}: {checkpoint} finished no prompt of at most {prompt_tokens} tokens: give text from a file, "
-            "or an instruct model"
-        )
+        return []
     rendered = [render(tokenizer, question) for question in asked]
     exchanges = answers(
         session, checkpoint, rendered, longest=answer_tokens, seed=seed, folder=folder, report=report,
@@ -236,6 +240,44 @@ def continuations(
     ended = [token for text in texts if len(text) < body for token in text]  # each has its EOS
     found += [ended[place : place + body] for place in range(0, len(ended) - body + 1, body)]
     return TokenSet(torch.tensor([bos + text for text in found], dtype=torch.int64), windows.adds_bos)
+
+
+def own_chats(
+    session: Session, checkpoint: Path, most: int, *, length: int, seed: int, folder: Path, report: Report
+) -> TokenSet:
+    """At most `most` windows of chats that the model holds with itself, other ones than those of `self:N`."""
+    held = chats(
+        session, checkpoint, -(-most * length // _CHAT_TOKENS), prompt_tokens=128, answer_tokens=256, temperature=1.0,
+        seed=seed, folder=folder, report=report, purpose=Purpose.MORE_CALIBRATION,
+    )  # fmt: skip
+    return tokens.in_order(held, tokens.load_tokenizer(checkpoint), most=most, length=length)
+
+
+def extended(
+    session: Session, checkpoint: Path, windows: TokenSet, copies: int, *, seed: int, folder: Path, report: Report
+) -> TokenSet:
+    """The windows, and behind them, mixed, what the model writes: to text as to chats.
+
+    For each window of text `copies` that go on from pieces of it, and for each of chats CHATS times as many of new
+    ones. A model that finishes none, as one may that was not tuned for chats, goes on from those that it was given.
+    """
+    if not copies:
+        return windows
+    ids_ST, length = windows.input_ids_ST, windows.input_ids_ST.shape[1]
+    sets = []
+    if windows.of_chats:
+        most = math.ceil(CHATS * copies * len(windows.of_chats))
+        sets.append(
+            own_chats(session, checkpoint, most, length=length, seed=seed, folder=folder / "chats", report=report)
+        )
+    replaced = windows.of_chats if sets and len(sets[0].input_ids_ST) else ()
+    begun = [sample for sample in range(len(ids_ST)) if sample not in replaced]
+    if begun:
+        pieces = TokenSet(ids_ST[begun], windows.adds_bos)
+        sets.append(continuations(session, checkpoint, pieces, copies, seed=seed, folder=folder, report=report))
+    more_ST = torch.cat([each.input_ids_ST for each in sets])
+    order = torch.randperm(len(more_ST), generator=torch.Generator().manual_seed(seed))
+    return windows._replace(input_ids_ST=torch.cat([ids_ST, more_ST[order]]), written=len(more_ST))
 
 
 def stop_tokens(checkpoint: Path) -> list[int]:

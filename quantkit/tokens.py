@@ -1,7 +1,8 @@
 """Documents -> token set: windows of equal length, chat templates applied, BOS as the tokenizer wants it."""
 
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,8 @@ class TokenSet(NamedTuple):
 
     input_ids_ST: Tensor  # int64 [samples, length]
     adds_bos: bool  # whether each window starts with the BOS token
+    of_chats: tuple[int, ...] = ()  # which samples are of a source whose documents are chats
+    written: int = 0  # of the samples, so many at the end: what the model wrote besides what was given
 
 
 def shared_spans(first: TokenSet, second: TokenSet) -> float:
@@ -100,14 +103,16 @@ def tokenize(
     Raises:
         QuantkitError: a source has too few tokens; a chat without a chat template.
     """
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    body = length - adds_bos
+    body = length - _adds_bos(tokenizer)
     windows: list[list[int]] = []
+    of_chats: list[int] = []
     problems = []
     for number, source in enumerate(sources):
         share = samples // len(sources) + (number < samples % len(sources))
         known = (written or {}).get(source)
         found = documents(source) if known is None else iter(known)
+        first = next(found, None)
+        found = iter(()) if first is None else itertools.chain([first], found)
         chosen, available = _windows(source, found, tokenizer, share=share, body=body, seed=seed + number)
         if chosen is None:
             problems.append(
@@ -115,11 +120,37 @@ def tokenize(
                 "lower samples or length, or give more text"
             )
         else:
+            of_chats += [] if isinstance(first, str) else range(len(windows), len(windows) + len(chosen))
             windows += chosen
     raise_all(problems)
+    return _as_set(windows, tokenizer, length)._replace(of_chats=tuple(of_chats))
+
+
+def in_order(found: Iterable[Document], tokenizer: Any, *, most: int, length: int) -> TokenSet:
+    """At most `most` windows of `length` tokens, as `tokenize` cuts them, from the first documents on; or none."""
+    body = length - _adds_bos(tokenizer)
+    stream = [token for document in found for token in _ended(document, tokenizer)]
+    count = min(len(stream) // body, most)
+    return _as_set([stream[index * body : (index + 1) * body] for index in range(count)], tokenizer, length)
+
+
+def _adds_bos(tokenizer: Any) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
+
+
+def _as_set(windows: list[list[int]], tokenizer: Any, length: int) -> TokenSet:
+    """Windows without BOS as a set of windows of `length` that have it where the tokenizer adds it."""
+    adds_bos = _adds_bos(tokenizer)
     if adds_bos:
         windows = [[tokenizer.bos_token_id, *window] for window in windows]
-    return TokenSet(torch.tensor(windows, dtype=torch.int64), adds_bos)
+    return TokenSet(torch.tensor(windows, dtype=torch.int64).view(-1, length), adds_bos)
+
+
+def _ended(document: Document, tokenizer: Any) -> list[int]:
+    """A document as token ids, and the EOS behind it."""
+    ids: list[int] = tokenizer(as_text(document, tokenizer), add_special_tokens=False)["input_ids"]
+    return ids + ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
 
 
 def _windows(
@@ -129,8 +160,7 @@ def _windows(
     stream: list[int] = []
     limit = share * body * 16  # of a hub data set with billions of tokens, read only a beginning
     for document in found:
-        stream += tokenizer(as_text(document, tokenizer), add_special_tokens=False)["input_ids"]
-        stream += [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+        stream += _ended(document, tokenizer)
         if len(stream) > limit and source.startswith("hf:"):
             break
     count = len(stream) // body

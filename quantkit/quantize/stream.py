@@ -23,7 +23,7 @@ from quantkit.checkpoint import Checkpoint, copy_companions, open_checkpoint, sa
 from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import QuantizedWeight, Storages
 from quantkit.progress import LINE, Report, silent
-from quantkit.quantize import allocate, fisher, schemes, states
+from quantkit.quantize import allocate, fisher, gram, schemes, states
 from quantkit.quantize.kv_scales import KvNote
 from quantkit.quantize.layer import Layer, LinearNote, Settings
 from quantkit.quantize.schemes import Override
@@ -183,6 +183,7 @@ def quantize_layers(
             _allocate(checkpoint, own_ST, settings, folder=folder, own=own, device=device, dtype=compute, report=report)
             settings = settled(settings, folder)
         stored = storages(arch, settings)
+        told = gram.told(len(tokens.input_ids_ST) - tokens.written, tokens.written)
         begin, hidden = _start(checkpoint, own_ST, settings, folder, own)
         if settings.output_curvature:
             fisher.measure(
@@ -194,7 +195,7 @@ def quantize_layers(
             curvature = fisher.read(folder, own, index, rotary[0].device) if settings.output_curvature else None
             prefix = layer_prefix(index)
             special = {n.removeprefix(prefix): s for n, s in stored.special.items() if n.startswith(prefix)}
-            layer = Layer(original, arch, settings, rotary, hidden, own, curvature, special)
+            layer = Layer(original, arch, settings, rotary, hidden, own, curvature, special, told)
             layer.quantize()
             behind = {name: states.make(own, index + 1, name, tensor.shape) for name, tensor in hidden.items()}
             layer.outputs(layer.run, behind["quantized"])

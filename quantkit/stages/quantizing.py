@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from quantkit import __version__, hardware, text
 from quantkit.artifacts import Work
 from quantkit.engines import registry
-from quantkit.errors import raise_all
+from quantkit.errors import QuantkitError, raise_all
 from quantkit.formats import Storage
 from quantkit.progress import LINE, Report
 from quantkit.recipe import Quantize, TextWindows
@@ -239,8 +239,6 @@ def _calibration_windows(
     cluster: str | None,
 ) -> "TokenSet":  # fmt: skip
     """The windows to calibrate on: of the sources, with the chats of `self:N`, and what the model makes of them."""
-    import torch
-
     from quantkit import conversations, tokens
     from quantkit.offline import Session
 
@@ -253,13 +251,15 @@ def _calibration_windows(
                     session, checkpoint, count, prompt_tokens=128, answer_tokens=256, temperature=1.0, seed=seed,
                     folder=folder, report=report,
                 )  # fmt: skip
+                if not written[source]:
+                    raise QuantkitError(
+                        f"{source}: {checkpoint} finished none of the prompts that it wrote: give text from a file, or "
+                        "an instruct model"
+                    )
         windows = tokens.tokenize(
             calibration.text, tokens.load_tokenizer(checkpoint), samples=calibration.samples,
             length=calibration.length, seed=seed, written=written,
         )  # fmt: skip
-        if not continuations:
-            return windows
-        more = conversations.continuations(
+        return conversations.extended(
             session, checkpoint, windows, continuations, seed=seed, folder=folder, report=report
         )
-    return windows._replace(input_ids_ST=torch.cat([windows.input_ids_ST, more.input_ids_ST]))

@@ -133,7 +133,7 @@ def test_time_grows_with_depth_and_tokens_and_with_effort() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "written"),
-    [(128 * 2048, 6), (16 * 512, 11), (28672 * 60, 0), (28672 * 60 - 1, 1), (28672 * 1000, 0)],
+    [(128 * 2048, 13), (16 * 512, 22), (28672 * 120, 0), (28672 * 120 - 1, 1), (28672 * 1000, 0)],
 )
 def test_the_model_writes_as_much_as_the_widest_linear_asks_for(tokens: int, written: int) -> None:
     settings = Settings.of(effort="high", **SCHEME)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from quantkit.quantize.gram import add_gram, add_product, mirror, shrunk, usual_shrinkage
+from quantkit.quantize.gram import WRITTEN_COUNTS, add_gram, add_product, mirror, shrunk, told, usual_shrinkage
 from tests.quantize.test_gptq import problem
 
 
@@ -50,3 +50,9 @@ def test_more_tokens_are_shrunk_less() -> None:
     assert usual_shrinkage(1024, 12 * 1024) == 0.5
     assert usual_shrinkage(1024, 0) == 1
     assert usual_shrinkage(4096, 128 * 2048) < 0.16 < usual_shrinkage(4096, 16 * 2048)
+
+
+def test_written_tokens_count_for_less() -> None:
+    assert told(16, 0) == 1
+    assert told(0, 16) == WRITTEN_COUNTS
+    assert 16 / 64 < told(16, 48) < 1

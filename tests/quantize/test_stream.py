@@ -11,7 +11,7 @@ from quantkit import tokens
 from quantkit.checkpoint import Checkpoint, open_checkpoint
 from quantkit.errors import QuantkitError
 from quantkit.progress import silent
-from quantkit.quantize import stream
+from quantkit.quantize import gram, layer, stream
 from quantkit.quantize.layer import Settings
 from quantkit.tokens import TokenSet
 
@@ -66,6 +66,20 @@ def test_eight_bits_are_nearly_exact(tiny_llama: Path, windows: TokenSet, tmp_pa
     result = _quantize(source, windows, SETTINGS._replace(bits=8), tmp_path / "out")
     original, quantized = _logits(source, windows), _logits(result, windows)
     assert (original.exp() * (original - quantized)).sum(-1).mean() < 5e-3
+
+
+def test_matrices_of_what_the_model_wrote_are_shrunk_more(
+    tiny_llama: Path, windows: TokenSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if there were so many fewer tokens: with a measure that is as much shorter, it comes to the same bytes."""
+    source = open_checkpoint(tiny_llama)
+    written = _quantize(source, windows._replace(written=4), SETTINGS, tmp_path / "written").layer(0)
+    given = _quantize(source, windows, SETTINGS, tmp_path / "given").layer(0)
+    usual, fewer = layer.usual_shrinkage, (2 + 4 * gram.WRITTEN_COUNTS) / 6
+    monkeypatch.setattr(layer, "usual_shrinkage", lambda width, tokens: usual(width, fewer * tokens))
+    shrunk = _quantize(source, windows, SETTINGS, tmp_path / "shrunk").layer(0)
+    assert all(torch.equal(tensor, shrunk[name]) for name, tensor in written.items())
+    assert any(not torch.equal(tensor, given[name]) for name, tensor in written.items())
 
 
 def test_grouped_query_attention_takes_awq_scales(make_llama, windows: TokenSet, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
