@@ -14,6 +14,7 @@ from quantkit.errors import QuantkitError
 from quantkit.offline import Session
 from quantkit.progress import silent
 from quantkit.tokens import TokenSet
+from tests.conftest import Quantkit
 
 pytestmark = pytest.mark.vllm
 
@@ -108,3 +109,14 @@ def test_text_is_gone_on_from_and_chats_are_new_ones(texts: tuple[Path, Path], t
     assert chats / 3 < begins_turn.sum() <= chats
     whole = TokenSet(given.input_ids_ST[4:], given.adds_bos)
     assert not tokens.shared_spans(TokenSet(found.input_ids_ST[8:], found.adds_bos), whole)
+
+
+def test_a_model_that_finishes_no_prompt_is_told_so(quantkit: Quantkit, tiny_llama: Path, tmp_path: Path) -> None:
+    """Named as calibration; besides what was given it is none the worse, and goes on from that."""
+    words = ("--samples", 1, "--length", 64, "--group-size", 32)
+    done = quantkit("quantize", tiny_llama, "--out", tmp_path / "out", "--calibration", "self:4", *words)
+    assert done.exit_code != 0 and "finished none of the prompts that it wrote: give text from a file" in done.output
+    chats = TokenSet(torch.arange(2, 66).view(1, 64), adds_bos=False, of_chats=(0,))
+    with Session() as session:
+        found = conversations.extended(session, tiny_llama, chats, 3, seed=0, folder=tmp_path / "more", report=silent)
+    assert found.written == len(found.input_ids_ST) - 1 > 1
